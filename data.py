@@ -1,0 +1,504 @@
+"""Temporal transformations, decoding, data sets and augmentation: everything between video files and a batch.
+
+Shapes: B videos, 2 clips p and q, T frames, H x W pixels; frames are uint8 RGB.
+"""
+import functools
+import hashlib
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+av.logging.set_level(None)                      # what goes wrong is raised as VideoError, not printed by FFmpeg
+
+# ---------------------------------------------------------------------- temporal transformations (Sec. 3.1, 3.2)
+
+
+@dataclass(frozen=True)
+class Tau:
+    """A temporal transformation τ (Fig. 2): the first source frame, source frames a step, backwards or not."""
+    start: int
+    speed: int
+    reverse: bool
+
+    def frames(self, T=16):
+        """Source frames in playing order: T ints."""
+        frames = [self.start + self.speed * t for t in range(T)]
+        return frames[::-1] if self.reverse else frames
+
+    def end(self, T=16):
+        """Last source frame, whatever the direction."""
+        return self.start + self.speed * (T - 1)
+
+
+def sample_tau(length, T=16, speeds=(1, 2, 4, 8), rng=random):
+    """τ ~ 𝒯 (Sec. 3.2): a speed that fits the video, a start, a direction, each uniform (# paper silent)."""
+    feasible = [s for s in speeds if s * (T - 1) < length]
+    if not feasible:
+        raise ValueError(f"a video of {length} frames has no clip of {T} frames at any of the speeds {tuple(speeds)}")
+    speed = rng.choice(feasible)
+    return Tau(rng.randint(0, length - 1 - speed * (T - 1)), speed, rng.random() < 0.5)
+
+
+def sample_pair(lengths, T=16, speeds=(1, 2, 4, 8), rng=random):
+    """(τ_p, τ_q) for each video of a group, with ONE relative transformation pq for the whole group (Fig. 3).
+
+    Speeds, directions and the shift from p to q are the group's; where the pair lies in a video is the video's own.
+    lengths: frames of each video -> [(τ_p, τ_q), ...], labels: dict of what Sec. 3.1 and 3.2 learn to tell,
+    speed and direction [p, q] as class numbers, order 0 before | 1 after | 2 overlap, pq an int that is equal
+    exactly where the relative transformations are. ValueError: a video too short for T frames.
+    """
+    p, q = (sample_tau(min(lengths), T, speeds, rng) for _ in "pq")
+    first, last = min(p.start, q.start), max(p.end(T), q.end(T))
+    slides = [rng.randint(-first, n - 1 - last) for n in lengths]               # moves both clips of a video together
+    pairs = [(replace(p, start=p.start + s), replace(q, start=q.start + s)) for s in slides]
+    # paper silent: order is read on the source timeline; clips whose intervals touch overlap, whatever frames they show
+    order = 0 if p.end(T) < q.start else 1 if q.end(T) < p.start else 2
+    pq = q.start - p.start                                                      # the shift, in source frames ...
+    for value in (p.speed, q.speed, p.reverse, q.reverse):
+        pq = pq * 1024 + value                                                  # ... and what else makes pq, as digits
+    labels = dict(speed=[speeds.index(t.speed) for t in (p, q)], direction=[int(t.reverse) for t in (p, q)],
+                  order=order, pq=pq)
+    return pairs, labels
+
+
+def eval_windows(length, T=16, step=4, windows=10):
+    """Sec. 3.4: `windows` evenly spaced clips of T frames, `step` source frames apart, over the whole video.
+
+    # paper silent: step = min(step, what fits); a video of fewer than T frames repeats its last frame.
+    -> `windows` lists of T frame numbers.
+    """
+    step = max(1, min(step, (length - 1) // (T - 1)))
+    room = max(0, length - 1 - step * (T - 1))
+    starts = [round(room * k / max(1, windows - 1)) for k in range(windows)] if windows > 1 else [room // 2]
+    return [[min(start + step * t, length - 1) for t in range(T)] for start in starts]
+
+
+# ---------------------------------------------------------------------- decoding
+
+PATIENCE = 60                                   # seconds without a frame after which a decode is given up
+
+
+class VideoError(Exception):
+    """A video that does not give the frames asked of it; the message names the file and says why."""
+
+
+def read_frames(path):
+    """av.VideoFrame after av.VideoFrame, as a full sequential decode numbers them, up to the first error.
+
+    Time stamps play no part: in real files they are missing, repeated or out of order. One thread: frame threading
+    hangs for ever on some corrupt files, and loaders run many processes. VideoError: the file, or its rest, is unreadable.
+    """
+    path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
+    last = time.monotonic()
+    try:
+        with av.open(path, metadata_errors="ignore", timeout=PATIENCE,
+                     options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path}: no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count, stream.thread_type = 1, "NONE"
+            for packet in container.demux(stream):
+                for frame in packet.decode():
+                    yield frame
+                    last = time.monotonic()
+                if time.monotonic() - last > PATIENCE:
+                    raise VideoError(f"{path}: no frame within {PATIENCE} seconds")
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def count_frames(path):
+    """One full sequential decode -> (frames, height, width, problem); problem is "" where nothing went wrong."""
+    frames = height = width = 0
+    try:
+        for frame in read_frames(path):
+            frames, height, width = frames + 1, frame.height, frame.width
+        return frames, height, width, "" if frames else "no frames"
+    except VideoError as error:
+        return frames, height, width, str(error).removeprefix(f"{os.path.abspath(path)}: ")
+
+
+def decode(path, frames, size=None, boxes=None):
+    """Exactly the frames asked for, numbered as a full sequential decode numbers them -> uint8 (len(frames), 3, H, W).
+
+    frames: ints in any order, repeats allowed. Decoding stops at the last of them; only they are converted.
+    size:   None: pixels as they are; else the short side is scaled to it (bilinear).
+    boxes:  a crop for each frame, (top, left, height, width) as shares of the picture; each becomes size x size.
+    VideoError: the file is unreadable or ends before the last frame asked for.
+    """
+    wanted = defaultdict(list)                                                  # frame number -> places in the output
+    for place, n in enumerate(frames):
+        wanted[n].append(place)
+    if min(wanted) < 0:
+        raise ValueError(f"frame numbers start at 0, but {min(wanted)} was asked for")
+    scalers = defaultdict(lambda: (VideoReformatter(), VideoReformatter()))     # a scaler keeps its set-up: one a box
+    out, n = None, -1
+    with closing(read_frames(path)) as stream:
+        for n, frame in enumerate(stream):
+            images = {}                                                         # box -> (H, W, 3), within this frame
+            for place in wanted.pop(n, ()):
+                box = boxes[place] if boxes else None
+                if box not in images:
+                    images[box] = to_rgb(frame, size, box, *scalers[box])
+                if out is None:
+                    out = np.empty((len(frames), *images[box].shape), np.uint8)
+                if out[place].shape != images[box].shape:
+                    raise VideoError(f"{os.path.abspath(path)}: the picture size changes at frame {n}")
+                out[place] = images[box]
+            if not wanted:
+                return torch.from_numpy(out).permute(0, 3, 1, 2)                # (len(frames), 3, H, W)
+    raise VideoError(f"{os.path.abspath(path)}: frame {max(wanted)} was asked for, but only {n + 1} frames decode")
+
+
+def to_rgb(frame, size, box, scale, convert):
+    """av.VideoFrame -> uint8 (H, W, 3); size, box: as in decode; scale, convert: VideoReformatters.
+
+    Two passes, planar scaling and then conversion of the few pixels left, take half the time of one (decoding.md).
+    """
+    height, width = frame.height, frame.width
+    if size is not None:
+        if box is None:
+            height, width = (round(side * size / min(height, width)) for side in (height, width))
+        else:                                   # scale the whole picture so that the box becomes size x size
+            top, left, height, width = box[0] / box[2], box[1] / box[3], round(size / box[2]), round(size / box[3])
+        planar = "yuv420p" if frame.format.name.startswith("yuv") else "rgb24"
+        frame = scale.reformat(frame, width, height, planar, interpolation=Interpolation.BILINEAR, threads=1)
+    image = convert.reformat(frame, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1).to_ndarray()
+    if box is None:
+        return image
+    top, left = min(round(top * size), height - size), min(round(left * size), width - size)
+    return image[top:top + size, left:left + size]
+
+
+# ---------------------------------------------------------------------- data sets, as their authors distribute them
+
+MAX_BAD = 0.05                                  # a larger share of missing or unreadable videos stops a run
+SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".3gp"}
+PUBLISHED = {                                   # videos in the official lists: (train, test)
+    ("ucf101", 1): (9537, 3783), ("ucf101", 2): (9586, 3734), ("ucf101", 3): (9624, 3696),
+    **{("hmdb51", split): (3570, 1530) for split in (1, 2, 3)}, ("diving48", 1): (15027, 1970)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some videos of a data set: paths below root, a class number for each (None: unlabelled), the class names.
+
+    paths holds the official names; found maps each to the file that is there, missing names the rest.
+    """
+    title: str
+    root: Path
+    paths: list
+    labels: list
+    classes: list
+    found: dict
+    missing: list
+
+
+def load_split(dataset, data, annotations=None, split=1, part="train"):
+    """The videos of one part ("train" or "test") of one official split of a data set -> Split.
+
+    dataset: toy, ucf101, hmdb51, diving48 (labels V2), diving48v1, kinetics400 or folder (any videos, recursively).
+    data: the folder of the videos; annotations: the folder of the official lists, looked for beside data if None.
+    ValueError: a list or folder is not there, or a line is not what the format says.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        raise ValueError(f"{dataset}: the video folder {root} does not exist (--data)")
+    if dataset in ("toy", "ucf101"):
+        lists = find_lists(dataset, root, annotations, "ucfTrainTestlist", f"{part}list{split:02d}.txt")
+        classes = [line.split(maxsplit=1)[1] for line in read_lines(lists / "classInd.txt")]
+        paths = [line.rsplit(maxsplit=1)[0] if line[-1].isdigit() and " " in line else line
+                 for line in read_lines(lists / f"{part}list{split:02d}.txt")]
+        names = [path.split("/")[0] for path in paths]
+    elif dataset == "hmdb51":
+        lists = find_lists(dataset, root, annotations, "testTrainMulti_7030_splits", f"*_test_split{split}.txt")
+        files = sorted(lists.glob(f"*_test_split{split}.txt"))
+        classes = [file.name.removesuffix(f"_test_split{split}.txt") for file in files]
+        keep = {"train": "1", "test": "2"}[part]
+        rows = [(name, *line.rsplit(maxsplit=1)) for name, file in zip(classes, files) for line in read_lines(file)]
+        names = [name for name, _, use in rows if use == keep]
+        paths = [f"{name}/{path}" for name, path, use in rows if use == keep]
+    elif dataset in ("diving48", "diving48v1"):
+        file = f"Diving48_V2_{part}.json" if dataset == "diving48" else f"Diving48_{part}.json"
+        lists = find_lists(dataset, root, annotations, ".", file)
+        root = root / "rgb" if (root / "rgb").is_dir() else root
+        rows = json.loads((lists / file).read_text())
+        classes = [str(k) for k in range(48)]                                   # class 30 has no V2 video: 48 all the same
+        names, paths = [str(row["label"]) for row in rows], [f"{row['vid_name']}.mp4" for row in rows]
+    elif dataset in ("kinetics400", "folder"):
+        paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, files in
+                       os.walk(root, followlinks=True) for name in files
+                       if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._"))
+        names = [path.split(os.sep)[0] if os.sep in path else None for path in paths]
+        classes = sorted(set(names) - {None})
+        if None in names or len(classes) < 2:                                   # no class folders: no labels
+            names, classes = [None] * len(paths), []
+    else:
+        raise ValueError(f"unknown data set {dataset!r}")
+
+    number = {name.lower(): k for k, name in enumerate(classes)} | {None: None}
+    for path, name in zip(paths, names):
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{dataset}: the list in {lists} names {path!r}, which lies outside {root}")
+        if (name and name.lower()) not in number:
+            raise ValueError(f"{dataset}: {path!r} is of class {name!r}, which the list of classes in {lists} lacks")
+    found, missing = find_files(root, paths)
+    labels = [number[name and name.lower()] for name in names]
+    title = dataset if dataset in ("kinetics400", "folder") else f"{dataset} {part} split {split}"
+    return Split(title, root, paths, labels, classes, found, missing)
+
+
+def find_lists(dataset, root, annotations, folder, file):
+    """The folder that holds the list `file` (a glob pattern): `annotations` or `folder` in it, or beside the videos."""
+    bases = [Path(annotations)] if annotations else [root, root.parent]
+    places = [place for base in bases for place in (base, base / folder)]
+    for place in places:
+        if any(place.glob(file)):
+            return place
+    raise ValueError(f"{dataset}: no list {file} in {' or '.join(dict.fromkeys(map(str, places)))} (--annotations)")
+
+
+def read_lines(file):
+    """Lines of a list file without line ends (CRLF copies circulate) or blank lines."""
+    if not file.is_file():
+        raise ValueError(f"the list {file} does not exist (--annotations)")
+    return [line.strip() for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
+
+
+def find_files(root, paths):
+    """-> {path: the file that is there}, [paths that are not]. Letter case is ignored where that is what it takes:
+    UCF101's HandstandPushups is spelt two ways."""
+    found, missing, listing = {}, [], None
+    for path in paths:
+        if (root / path).is_file():
+            found[path] = root / path
+            continue
+        if listing is None:                                                     # one walk, and only if it is needed
+            listing = {str((Path(folder) / name).relative_to(root)).lower(): Path(folder) / name
+                       for folder, _, files in os.walk(root) for name in files}
+        if path.lower() in listing:
+            found[path] = listing[path.lower()]
+        else:
+            missing.append(path)
+    return found, missing
+
+
+def default_index(root):
+    """Where the index of a data set is remembered: the user's cache, since the data set may not be writable."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "time-equivariance"
+    return cache / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+
+
+def scan(split, index=None, workers=1, progress=True):
+    """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
+
+    An entry holds for one file size and modification time; a lost or damaged index is only made anew.
+    -> {path: (frames, height, width, problem)} for the files found; ValueError: too many missing (MAX_BAD), or none.
+    """
+    total, missing = len(split.paths), split.missing
+    if not split.found or len(missing) > MAX_BAD * total:
+        where = f"looked for {total} listed videos in {split.root}" if total else f"looked for videos in {split.root}"
+        first = f"; the first missing: {', '.join(missing[:3])}" if missing else ""
+        raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first} (--data)")
+    index = Path(index or default_index(split.root))
+    try:
+        known = json.loads(index.read_text())
+        assert isinstance(known, dict)
+    except (OSError, ValueError, AssertionError):
+        known = {}
+    stamps = {}
+    for path, file in split.found.items():
+        stat = file.stat()
+        stamps[path] = [stat.st_size, stat.st_mtime_ns]
+    todo = [path for path in split.found if known.get(path, [None])[:2] != stamps[path]]
+    saved = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
+        counts = pool.map(count_frames, [str(split.found[path]) for path in todo])
+        for path, count in zip(todo, tqdm(counts, f"scan {split.title}", len(todo), unit="video",
+                                          disable=not progress or not todo)):
+            known[path] = stamps[path] + list(count)
+            if time.monotonic() - saved > 60:                                   # a killed scan goes on where it was
+                write_json(index, known)
+                saved = time.monotonic()
+    if todo:
+        write_json(index, known)
+    return {path: tuple(known[path][2:]) for path in split.found}
+
+
+def write_json(file, value):
+    """Write beside, then rename: a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value))
+    beside.replace(file)
+
+
+def usable(split, index, T=16):
+    """Which videos of a split can be trained on, and a report of the others in words -> list of paths, str.
+
+    # paper silent: videos of fewer than T frames are left out of pre-training.
+    ValueError: more than MAX_BAD of the videos are missing or unreadable, or too few are left.
+    """
+    bad = {path: problem for path, (n, _, _, problem) in index.items() if problem and n < T}
+    short = [path for path, (n, *_) in index.items() if n < T and path not in bad]
+    good = [path for path in split.paths if path in index and path not in bad and index[path][0] >= T]
+    official = next((f" (official lists: {PUBLISHED[key][k]})" for k, part in enumerate(("train", "test"))
+                     for key in PUBLISHED if f"{key[0]} {part} split {key[1]}" == split.title), "")
+    report = f"{split.title}: {len(split.paths)} videos{official}, {len(good)} usable"
+    for what, names in (("missing", split.missing), ("unreadable", [f"{p} ({bad[p]})" for p in bad]),
+                        (f"shorter than {T} frames", short)):
+        if names:
+            report += f"; {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if len(split.missing) + len(bad) > MAX_BAD * len(split.paths) or len(good) < 2:
+        raise ValueError(f"{report}; too few to train on (at most {MAX_BAD:.0%} may be missing or unreadable)")
+    return good, report
+
+
+# ---------------------------------------------------------------------- the toy data set
+
+
+def make_toy(root):
+    raise NotImplementedError
+
+
+# ---------------------------------------------------------------------- augmentation S (Sec. 3.4)
+
+MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)   # paper silent: torchvision's video networks'
+
+# paper silent: no figures for crop and colour; area from the authors' earlier code, colour from SimCLR [10], no blur
+CROP = v2.RandomResizedCrop(1, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3))
+COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+
+
+@contextmanager
+def seeded(seed):
+    """Inside, torch's random numbers on the CPU are a function of seed alone; afterwards they go on as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def draw_view(height, width, seed):
+    """The spatial part of σ ~ S: a random resized crop and a flip -> (top, left, height, width) as shares, bool."""
+    with seeded(seed):
+        crop = CROP.make_params([torch.empty(1, height, width, device="meta")])
+        flip = torch.rand(()).item() < 0.5
+    return (crop["top"] / height, crop["left"] / width, crop["height"] / height, crop["width"] / width), flip
+
+
+def colour(clips, seeds):
+    """The colour part of σ ~ S, constant over a clip, drawn for each clip on its own; then the network's input.
+
+    clips: uint8 (N, T, 3, H, W) on any device; seeds: N ints -> float32 (N, 3, T, H, W).
+    """
+    jittered = []
+    for clip, seed in zip(clips, seeds):
+        with seeded(seed):
+            jittered.append(COLOUR(clip))                                       # (T, 3, H, W)
+    return normalise(torch.stack(jittered))
+
+
+def normalise(clips):
+    """uint8 (N, T, 3, H, W) -> float32 (N, 3, T, H, W), channels last in memory."""
+    clips = clips.transpose(1, 2).to(torch.float32, memory_format=torch.channels_last_3d)
+    mean, std = (torch.tensor(x, device=clips.device).view(3, 1, 1, 1) * 255 for x in (MEAN, STD))
+    return (clips - mean) / std
+
+
+# ---------------------------------------------------------------------- batches for pre-training
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, videos):
+    """The order in which an epoch visits the videos, each once (# paper silent)."""
+    return np.random.default_rng([seed, epoch]).permutation(videos)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Groups of two videos under one relative transformation (Fig. 3), by (epoch, group).
+
+    What is drawn is a function of (seed, epoch, group): workers and processes do not change it. Videos are held as
+    flat arrays, which many workers can share. equivariance (Table 1 b-d): what a group shares beside nothing at all;
+    "temporal": pq; "spatial": the views (crop box and flip) of p and of q, with one τ for both clips; "both".
+    """
+
+    def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal"):
+        self.files = np.array([os.fsencode(split.found[path]) for path in paths])
+        self.shapes = np.array([index[path][:3] for path in paths])             # frames, height, width
+        self.T, self.size, self.speeds, self.seed, self.equivariance = T, size, speeds, seed, equivariance
+
+    def __len__(self):
+        return len(self.files) // 2
+
+    def __getitem__(self, key):
+        """-> dict of tensors, one row a video: clips uint8 (2, 2, T, 3, H, W), video (2,), pq (2,), speed (2, 2),
+        direction (2, 2), order (2,), colour seeds (2, 2); and failed: [(file, problem)] of the videos replaced."""
+        epoch, group = key
+        order = epoch_order(self.seed, epoch, len(self.files))
+        videos, failed = list(order[2 * group:2 * group + 2]), []
+        rng = random.Random(repr((self.seed, epoch, group)))
+        while len(failed) < 10:
+            pairs, labels = sample_pair([int(self.shapes[v, 0]) for v in videos], self.T, self.speeds, rng)
+            if self.equivariance == "spatial":
+                pairs = [(p, p) for p, _ in pairs]                              # Sec. 4.1: "consistent temporal ..."
+            if self.equivariance != "temporal":
+                labels["pq"] = epoch * len(self) + group                        # continuous views: no two groups' agree
+            shared = [rng.getrandbits(63) for _ in "pq"]
+            clips, seeds = [], []
+            try:
+                for v, pair in zip(videos, pairs):
+                    own = [rng.getrandbits(63) for _ in "pq"]
+                    height, width = self.shapes[v if self.equivariance == "temporal" else videos[0], 1:]
+                    views = [draw_view(int(height), int(width), seed)
+                             for seed in (own if self.equivariance == "temporal" else shared)]
+                    clips.append(self.read(v, pair, views))
+                    seeds.append([rng.getrandbits(63) for _ in "pq"])
+            except VideoError as error:                                         # a deterministic replacement
+                failed.append((os.fsdecode(self.files[v]), str(error)))
+                videos[videos.index(v)] = rng.choice([w for w in range(len(self.files)) if w not in videos])
+                continue
+            two = dict(video=torch.tensor([int(v) for v in videos]), clips=torch.stack(clips), seed=torch.tensor(seeds))
+            return two | {name: torch.tensor([label, label]) for name, label in labels.items()} | dict(failed=failed)
+        raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
+
+    def read(self, v, pair, views):
+        """Both clips of video v from one decode -> uint8 (2, T, 3, size, size)."""
+        frames = [n for tau in pair for n in tau.frames(self.T)]                # 2T frame numbers
+        boxes = [box for box, _ in views for _ in range(self.T)]                # 2T boxes: constant over a clip
+        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes).unflatten(0, (2, self.T))
+        return torch.stack([clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)])
+
+
+def collate(groups):
+    """Groups of two videos -> one batch: (G, 2, ...) flattened to (2G, ...)."""
+    batch = {name: torch.cat([group[name] for group in groups]) for name in groups[0] if name != "failed"}
+    return batch | dict(failed=[item for group in groups for item in group["failed"]])
+
+
+def pair_loader(pairs, batch_size, first, last, workers=0, rank=0, world=1):
+    """Batches of the steps first ... last - 1, over all epochs; process `rank` of `world` gets its share of each.
+
+    A global batch is the same whatever the number of processes. # paper silent: the rest of an epoch, fewer than
+    batch_size videos, is left out.
+    """
+    a_step = batch_size // 2                                                    # groups in a global batch
+    steps = len(pairs) // a_step                                                # steps in an epoch
+    share = a_step // world
+    keys = ([(step // steps, step % steps * a_step + rank * share + g) for g in range(share)]
+            for step in range(first, last))
+    return torch.utils.data.DataLoader(
+        pairs, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+        timeout=10 * PATIENCE if workers else 0)

@@ -1,0 +1,78 @@
+"""The losses of Jenni & Jin, "Time-Equivariant Contrastive Video Representation Learning" (ICCV 2021).
+
+Pure functions on tensors: any of them, pasted into another project together with `d`, works there as it is.
+i, j, k are videos; p, q, r, s their clips; ψ_i^pq encodes the relative transformation from clip p to clip q.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def d(x, y, lam=0.1):
+    """Eq. 2 for all pairs: d(x, y) = exp(x · stopgrad(y) / (λ ‖x‖ ‖stopgrad(y)‖)).
+
+    x: (N, D), y: (M, D), floating point -> (N, M), float32 even under autocast (float64 if x is).
+    ValueError: shapes that do not fit, or similarities that are not finite.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"d needs x (N, D) and y (M, D), but x is {tuple(x.shape)} and y is {tuple(y.shape)}")
+    if not lam > 0:
+        raise ValueError(f"the temperature lam must be above 0, but is {lam}")
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)     # at least float32, whatever the network's precision
+        x = F.normalize(x.to(dtype), dim=1)                     # (N, D)  x / ‖x‖
+        y = F.normalize(y.detach().to(dtype), dim=1)            # (M, D)  stopgrad(y) / ‖stopgrad(y)‖
+        sim = torch.exp(x @ y.T / lam)                          # (N, M)  within e^±10 at λ = 0.1: no max-shift needed
+    if not sim.isfinite().all():
+        raise ValueError(f"similarities are not finite: a feature is NaN or infinite, or lam={lam} is too small")
+    return sim
+
+
+def loss_equi(psi, i, pq, keys=None, lam=0.1):
+    """Eq. 1: L_equi = -E log[ d(ψ_i^pq, ψ_j^pq) / (d(ψ_i^pq, ψ_j^pq) + Σ_{rs≠pq} d(ψ_i^pq, ψ_k^rs)) ].
+
+    psi: (N, D) anchors ψ_i^pq;  i: (N,) video ids;  pq: (N,) ids, equal exactly where the relative transformations are.
+    keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None.
+          Eq. 2 stops the gradient at the keys, so a gather without gradient is exact.
+    -> scalar: for each anchor the mean over its positives j, each with its own denominator; then the mean over anchors.
+    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive.
+    """
+    psi_k, k, rs = (psi, i, pq) if keys is None else keys
+    sim = d(psi, psi_k, lam)                                    # (N, M)  d(ψ_i^pq, ψ_k^rs)
+    if not (i.shape == pq.shape == psi.shape[:1] and k.shape == rs.shape == psi_k.shape[:1]):
+        raise ValueError(f"loss_equi needs one video id i and one transformation id pq a row, but psi is "
+                         f"{tuple(psi.shape)}, i {tuple(i.shape)}, pq {tuple(pq.shape)}; keys: psi "
+                         f"{tuple(psi_k.shape)}, i {tuple(k.shape)}, pq {tuple(rs.shape)}")
+    same_i = i[:, None] == k                                    # (N, M)  k = i
+    same_pq = pq[:, None] == rs                                 # (N, M)  rs = pq
+    positive = same_pq & ~same_i                                # (N, M)  ψ_j^pq, j ≠ i
+    if len(psi) == 0 or not positive.any(dim=1).all():
+        raise ValueError("loss_equi: an anchor has no positive, that is, no other video in the batch has its pq "
+                         "(Eq. 1 needs two videos with the same relative transformation)")
+    neg = (sim * ~same_pq).sum(dim=1, keepdim=True)             # (N, 1)  Σ_{rs≠pq} d(ψ_i^pq, ψ_k^rs)
+    term = torch.log(sim + neg) - torch.log(sim)                # (N, M)  -log[ d / (d + Σ) ]
+    return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over j, then over i
+
+
+def loss_inst(phi, i, p, keys=None, lam=0.1):
+    """Eq. 3: L_inst = -E log[ d(φ_i^p, φ_i^q) / (d(φ_i^p, φ_i^q) + Σ_{j≠i} d(φ_i^p, φ_j^r)) ].
+
+    phi: (N, D) anchors φ_i^p;  i: (N,) video ids;  p: (N,) which of the video's clips it is.
+    keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None (see Eq. 1).
+    -> scalar: for each anchor the mean over its positives q, each with its own denominator; then the mean over anchors.
+    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive.
+    """
+    phi_j, j, r = (phi, i, p) if keys is None else keys
+    sim = d(phi, phi_j, lam)                                    # (N, M)  d(φ_i^p, φ_j^r)
+    if not (i.shape == p.shape == phi.shape[:1] and j.shape == r.shape == phi_j.shape[:1]):
+        raise ValueError(f"loss_inst needs one video id i and one clip id p a row, but phi is "
+                         f"{tuple(phi.shape)}, i {tuple(i.shape)}, p {tuple(p.shape)}; keys: phi "
+                         f"{tuple(phi_j.shape)}, i {tuple(j.shape)}, p {tuple(r.shape)}")
+    same_i = i[:, None] == j                                    # (N, M)  j = i
+    same_p = p[:, None] == r                                    # (N, M)  r = p
+    positive = same_i & ~same_p                                 # (N, M)  φ_i^q, q ≠ p
+    if len(phi) == 0 or not positive.any(dim=1).all():
+        raise ValueError("loss_inst: an anchor has no positive, that is, the batch holds no other clip of its video "
+                         "(Eq. 3 needs two clips p ≠ q of each video)")
+    neg = (sim * ~same_i).sum(dim=1, keepdim=True)              # (N, 1)  Σ_{j≠i} d(φ_i^p, φ_j^r)
+    term = torch.log(sim + neg) - torch.log(sim)                # (N, M)  -log[ d / (d + Σ) ]
+    return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over q, then over i
