@@ -1,15 +1,90 @@
 """What the four scripts share and that is neither loss, sampling nor architecture."""
+import argparse
+import hashlib
 import json
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
+import sklearn
 import torch
 import torch.distributed as dist
+import torchvision
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from data import VideoError
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from data import PATIENCE, VideoError, Windows, load_split, make_toy, normalise, scan, write_json
+from models import BACKBONES, load_backbone
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
+DATASETS = ("toy", "ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", "folder")
+
+
+def paper_defaults(dataset, arch):
+    """Sec. 3.4, 4.1, 4.2: what the paper trains with, by data set and backbone; for toy, what suits two CPU cores."""
+    if dataset == "toy":
+        return dict(epochs=60, batch_size=24, frames=8, size=32, lr=2e-3, warmup_epochs=4)
+    kinetics = {"s3dg": 256, "r2plus1d18": 192}                                 # Sec. 4.2: what fits the memory
+    return dict(
+        epochs=200 if dataset == "kinetics400" else 400,                        # Sec. 4.2 | 4.1
+        batch_size=kinetics.get(arch, 512) if dataset == "kinetics400" else 192,    # Sec. 4.2 | 4.1
+        frames=32 if arch == "s3dg" else 16,                                    # Table 2 | Sec. 3.4
+        size=112 if arch == "r2plus1d18" or dataset.startswith("diving48") else 128,    # Table 2; Diving48: paper silent
+        lr=3e-4, warmup_epochs=10)                                              # Sec. 3.4; warm-up: paper silent
+
+
+def shared_parser(doc, argv, judging=False):
+    """The flags that the scripts share -> parser, and the other defaults for the --dataset and --arch in argv.
+
+    So `python SCRIPT --dataset ucf101 --help` shows what holds for ucf101. judging: there is a --checkpoint, which
+    says what --arch, --frames and --size are, and there may be several splits; its value is the default of --crops.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="toy", help="toy is generated on first use")
+    group.add_argument("--data", help="folder of the videos")
+    group.add_argument("--annotations", help="folder of the official lists; None: looked for beside the videos")
+    group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; several: their mean (Sec. 4)"
+                       if judging else "official split (Sec. 4)", **dict(nargs="+", default=[1]) if judging else {"default": 1})
+    group.add_argument("--index", help="file that remembers frame counts; None: one in ~/.cache")
+    group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
+                       default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", choices=BACKBONES, help="backbone F (Sec. 3.4)")
+    group.add_argument("--frames", type=int, metavar="T", help="frames a clip (Sec. 3.4, Table 2)")
+    group.add_argument("--size", type=int, metavar="PIXELS", help="height and width of a clip (Sec. 3.4, Table 2)")
+    group.add_argument("--amp", choices=("bf16", "fp16", "off"), help="mixed precision (paper silent)",
+                       default="bf16" if torch.cuda.is_available() else "off")
+    if judging:
+        group = parser.add_argument_group("judging")
+        group.add_argument("--checkpoint", help="backbone.pt or checkpoint.pt of pretrain.py, a torchvision state dict "
+                           "of --arch, or the word random; None: pretrain.py's for --dataset")
+        group.add_argument("--windows", type=int, default=10, help="clips a video, evenly spaced (Sec. 3.4)")
+        group.add_argument("--crops", choices=("centre", "ten"), default=judging,
+                           help="centre and its mirror image, or five crops and theirs (Sec. 3.4)")
+        group.add_argument("--step", type=int, default=4, help="source frames a step (Sec. 3.4; Table 4: 1 and 2)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
+    group.add_argument("--out", help="folder of what this run writes; None: one below runs/")
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    arch = known.arch or ("r3d18_narrow" if known.dataset == "toy" else "r3d18")
+    defaults = paper_defaults(known.dataset, arch)
+    parser.set_defaults(data="toy-videos" if known.dataset == "toy" else None)
+    if judging:
+        parser.set_defaults(checkpoint=f"runs/{known.dataset}-{arch}/backbone.pt")
+    else:
+        parser.set_defaults(arch=arch, **{name: defaults[name] for name in ("frames", "size")})
+    return parser, defaults
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the docstring's lines and shows each default."""
 
 
 def init_distributed():
@@ -106,6 +181,116 @@ def mean_over_processes(values):
         flat /= dist.get_world_size()
     parts = flat.cpu().split([value.numel() for value in values.values()])
     return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
+
+
+def views_of(windows, size, crops):
+    """Test crops (Sec. 3.4): "centre" is the centre crop and its mirror image, "ten" five crops and theirs.
+
+    windows: uint8 (W, T, 3, h, w) -> uint8 (C * W, T, 3, size, size), C = 2 or 10.
+    """
+    if crops == "ten":
+        return torch.cat(TF.ten_crop(windows, size))
+    centre = TF.center_crop(windows, size)
+    return torch.cat([centre, TF.horizontal_flip(centre)])
+
+
+@torch.no_grad()
+def average_crops(network, windows, size, crops, device, amp="off", workers=0, softmax=False, title="test"):
+    """Sec. 3.4: "averaging predictions of multiple temporal and spatial crops", and features in the same way.
+
+    network: (N, 3, T, H, W) -> (N, K), in eval mode; windows: data.Windows. Videos are shared out over the processes and each is
+    run on its own, so its result depends on nothing else. softmax: average probabilities, not the outputs themselves.
+    -> float32 (V, K) in the order of the videos, NaN where a video failed, and {v: problem}; on every process.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = torch.utils.data.DataLoader(
+        windows, batch_size=None, sampler=range(rank, len(windows), world), num_workers=workers,
+        pin_memory=device.type == "cuda", timeout=10 * PATIENCE if workers else 0)
+    outputs, failed = {}, {}
+    for v, clips, problem in tqdm(loader, title, unit="video", disable=rank > 0):
+        if problem:
+            failed[v] = problem
+            continue
+        clips = normalise(views_of(clips.to(device, non_blocking=True), size, crops))   # (C * W, 3, T, H, W)
+        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+            output = network(clips).float()                                     # (C * W, K)
+        outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
+    parts = gather_objects((outputs, failed))
+    outputs, failed = ({v: value for part in parts for v, value in part[k].items()} for k in (0, 1))
+    if not outputs:
+        raise ValueError(f"not one of {len(windows)} videos could be read, the first: {next(iter(failed.values()), '')}")
+    nothing = torch.full_like(next(iter(outputs.values())), float("nan"))
+    return torch.stack([outputs.get(v, nothing) for v in range(len(windows))]), dict(sorted(failed.items()))
+
+
+def load_for_judging(args):
+    """F from --checkpoint; fills in what it decides: args.arch, args.frames, args.size -> module.
+
+    The clips are those of pre-training, where the file says what they were, else the paper's for --dataset and --arch.
+    """
+    if args.checkpoint == "random":
+        args.arch = args.arch or ("r3d18_narrow" if args.dataset == "toy" else "r3d18")
+    torch.manual_seed(args.seed)                                                # of the random initialisation
+    network = load_backbone(args.checkpoint, args.arch)
+    clips = paper_defaults(args.dataset, network.arch) | network.args
+    args.arch, args.frames, args.size = network.arch, args.frames or clips["frames"], args.size or clips["size"]
+    return network
+
+
+def list_and_scan(args, number, part):
+    """One part of an official split, or the folder `part` of one's own videos -> Split, index of frame counts."""
+    if args.dataset == "toy":
+        make_toy(args.data)
+    split = (load_split(args.dataset, args.data, args.annotations, number, part) if part in ("train", "test")
+             else load_split("folder", part))
+    return split, scan(split, args.index, max(1, args.workers))
+
+
+def extract(networks, args, number, part, device):
+    """Features of every video of a part: mean over windows and crops (Sec. 3.4).
+
+    networks: {name: F} -> Split, {name: float32 array (V, D), NaN rows where a video failed}, {path: problem}.
+    """
+    split, index = on_first(list_and_scan, args, number, part)
+    windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
+    x, failed = average_crops(lambda clips: torch.cat([network(clips) for network in networks.values()], dim=1),
+                              windows, args.size, args.crops, device, args.amp, args.workers, title=split.title)
+    features = zip(networks, x.split([network.dim for network in networks.values()], dim=1))    # one decode for all
+    return split, {name: f.numpy() for name, f in features}, {split.paths[v]: problem for v, problem in failed.items()}
+
+
+def random_beside(network, args):
+    """{"checkpoint": F} and, where F has learned anything, {"random": the same network with its initial weights}."""
+    if args.checkpoint == "random":
+        return {"random": network}
+    return {"checkpoint": network, "random": load_for_judging(argparse.Namespace(**vars(args) | {"checkpoint": "random"}))}
+
+
+def judged(split, failed):
+    """What was asked for and what came of it, for a result file."""
+    return dict(title=split.title, expected=len(split.paths), scored=len(split.paths) - len(failed), failed=failed)
+
+
+def in_words(figures, chance):
+    """{"checkpoint": share, "random": share}, chance -> "71.2 % (randomly initialised 15.3 %, chance 1.2 %)"."""
+    if "checkpoint" not in figures:
+        return f"{figures['random']:.1%} randomly initialised (chance {chance:.1%})"
+    return f"{figures['checkpoint']:.1%} (randomly initialised {figures['random']:.1%}, chance {chance:.1%})"
+
+
+def write_result(args, name, network, **result):
+    """OUT/name.json: the result and all that says what it is. Returns the file."""
+    source = Path(args.checkpoint)
+    protocol = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint")}
+    file = Path(args.out or (source.parent if source.is_file() else f"runs/random-{network.arch}")) / f"{name}.json"
+    write_json(file, result | dict(
+        protocol=protocol | dict(standardised="mean and standard deviation of the training set (of the gallery)"),
+        checkpoint=dict(path=str(source), arch=network.arch, trained_with=network.args, sha256=hashlib.sha256(
+            source.read_bytes()).hexdigest() if source.is_file() else None),
+        command=sys.argv, versions=dict(python=platform.python_version(), torch=torch.__version__, av=av.__version__,
+                                        torchvision=torchvision.__version__, numpy=np.__version__,
+                                        sklearn=sklearn.__version__)))
+    return file
 
 
 def peak_memory(device):

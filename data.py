@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +297,14 @@ def find_files(root, paths):
     return found, missing
 
 
+def sources(dataset, paths):
+    """What each clip was cut from, so that cross-validation can keep it together: UCF101's group gGG of a class,
+    HMDB51's and Diving48's original video; elsewhere each video is its own -> list of str."""
+    pattern = {"toy": r"(.*_g\d+)_c\d+\.\w+", "ucf101": r"(.*_g\d+)_c\d+\.\w+", "hmdb51": r"(([^/]*)/.*?)_\2_.*",
+               "diving48": r"(.*)_\d+\.\w+", "diving48v1": r"(.*)_\d+\.\w+"}.get(dataset, r"(.*)")
+    return [match[1] if (match := re.fullmatch(pattern, path, re.DOTALL)) else path for path in paths]
+
+
 def default_index(root):
     """Where the index of a data set is remembered: the user's cache, since the data set may not be writable."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "time-equivariance"
@@ -502,3 +511,67 @@ def pair_loader(pairs, batch_size, first, last, workers=0, rank=0, world=1):
     return torch.utils.data.DataLoader(
         pairs, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
         timeout=10 * PATIENCE if workers else 0)
+
+
+# ---------------------------------------------------------------------- clips for judging (Sec. 3.4, 4)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Labelled clips for fine-tuning, by (epoch, place): one random clip of each video an epoch, as in transfer:
+    `step` source frames apart or what fits, forwards. What is drawn is a function of (seed, epoch, place)."""
+
+    def __init__(self, split, paths, index, T=16, size=128, step=4, seed=0):
+        self.files = np.array([os.fsencode(split.found[path]) for path in paths])
+        self.shapes = np.array([index[path][:3] for path in paths])             # frames, height, width
+        label = dict(zip(split.paths, split.labels))
+        self.labels = np.array([label[path] for path in paths])
+        self.T, self.size, self.step, self.seed = T, size, step, seed
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        """-> dict: clips uint8 (1, T, 3, H, W), label (1,), colour seeds (1,); failed: [(file, problem)] replaced."""
+        epoch, place = key
+        v, failed = int(epoch_order(self.seed, epoch, len(self.files))[place]), []
+        rng = random.Random(repr((self.seed, epoch, place)))
+        while len(failed) < 10:
+            length, height, width = map(int, self.shapes[v])
+            step = min(self.step, max(1, (length - 1) // (self.T - 1)))
+            start = rng.randint(0, max(0, length - 1 - step * (self.T - 1)))
+            box, flip = draw_view(height, width, rng.getrandbits(63))
+            try:
+                frames = [min(start + step * t, length - 1) for t in range(self.T)]
+                clip = decode(os.fsdecode(self.files[v]), frames, self.size, [box] * self.T)
+            except VideoError as error:
+                failed.append((os.fsdecode(self.files[v]), str(error)))
+                v = rng.randrange(len(self.files))
+                continue
+            return dict(clips=(clip.flip(-1) if flip else clip)[None], label=torch.tensor([self.labels[v]]),
+                        seed=torch.tensor([rng.getrandbits(63)]), failed=failed)
+        raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
+
+
+class Windows(torch.utils.data.Dataset):
+    """Each video's evenly spaced test windows, all from one decode, whole frames at short side size * 8 / 7.
+
+    # paper silent: 8/7, the field's 128 for 112; a frame is larger than the crop, so that the crops differ.
+    """
+
+    def __init__(self, split, index, T=16, size=128, step=4, windows=10):
+        self.files = np.array([os.fsencode(split.found.get(path, "")) for path in split.paths])
+        self.lengths = np.array([index.get(path, (0,))[0] for path in split.paths])
+        self.T, self.side, self.step, self.windows = T, round(size * 8 / 7), step, windows
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, v):
+        """-> v, uint8 (windows, T, 3, h, w) and "", or None and the problem: nothing is ever replaced."""
+        if not self.lengths[v]:
+            return v, None, "not found or not one frame decodes"
+        frames = sum(eval_windows(int(self.lengths[v]), self.T, self.step, self.windows), [])
+        try:
+            return v, decode(os.fsdecode(self.files[v]), frames, self.side).unflatten(0, (-1, self.T)), ""
+        except VideoError as error:
+            return v, None, str(error)

@@ -5,9 +5,8 @@
 
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
-import argparse
 import json
-import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -19,78 +18,38 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (all_gather, gather_objects, init_distributed, load_checkpoint, log_json, mean_over_processes, on_first,
-                    peak_memory, run, save_checkpoint, warmup_cosine)
+from common import (AMP, all_gather, gather_objects, init_distributed, load_checkpoint, log_json, mean_over_processes, on_first,
+                    peak_memory, run, save_checkpoint, shared_parser, warmup_cosine)
 from data import MAX_BAD, Pairs, colour, load_split, make_toy, pair_loader, scan, usable
 from losses import loss_equi, loss_inst
-from models import BACKBONES, TimeEquivariant
-
-LOSSES = ("inst", "equi", "speed", "direction", "order")
-DATASETS = ("toy", "ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", "folder")
-
-
-def paper_defaults(dataset, arch):
-    """Sec. 3.4, 4.1 and 4.2: what the paper trains with, by data set and backbone; for toy, what suits two CPU cores."""
-    if dataset == "toy":
-        return dict(epochs=60, batch_size=24, frames=8, size=32, lr=2e-3, warmup_epochs=4)
-    kinetics = {"r3d18": 512, "r3d18_tv": 512, "s3dg": 256, "r2plus1d18": 192}  # Sec. 4.2: batch sizes fit the memory
-    return dict(
-        epochs=200 if dataset == "kinetics400" else 400,                        # Sec. 4.2 | 4.1
-        batch_size=kinetics.get(arch, 512) if dataset == "kinetics400" else 192,
-        frames=32 if arch == "s3dg" else 16,                                    # Table 2 | Sec. 3.4
-        size=112 if arch == "r2plus1d18" or dataset.startswith("diving48") else 128,    # Table 2; Diving48: paper silent
-        lr=3e-4, warmup_epochs=10)                                              # Sec. 3.4; warm-up: paper silent
+from models import LOSSES, TimeEquivariant
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="toy", help="default toy: generated on first use")
-    group.add_argument("--data", help="folder of the videos (default for toy: toy-videos)")
-    group.add_argument("--annotations", help="folder of the official lists (default: beside the videos)")
-    group.add_argument("--split", type=int, default=1, choices=(1, 2, 3), help="official split; default 1 (Sec. 4)")
-    group.add_argument("--index", help="file that remembers frame counts (default: in ~/.cache)")
-    group.add_argument("--workers", type=int, help="loader processes (default: this process's share of the cores)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--arch", choices=BACKBONES, help="default r3d18, for toy r3d18_narrow (Sec. 3.4)")
-    group.add_argument("--frames", type=int, help="frames a clip T; default 16, s3dg 32, toy 8 (Sec. 3.4, Table 2)")
-    group.add_argument("--size", type=int, help="pixels a side; default 128, r2plus1d18 112, toy 32 (Sec. 3.4, Table 2)")
+    parser, defaults = shared_parser(__doc__, sys.argv[1:] if argv is None else argv)
     group = parser.add_argument_group("objective")
     group.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="TERM",
-                       help=f"terms of the sum, of {' '.join(LOSSES)}; default all (Table 1 e-o)")
+                       help=f"terms of the sum, of {' '.join(LOSSES)} (Table 1 e-o)")
     group.add_argument("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
-                       help="what the two videos of a group share; default temporal (Table 1 b-d)")
-    group.add_argument("--speeds", type=int, nargs="+", default=(1, 2, 4, 8), metavar="S",
-                       help="playback speeds; default 1 2 4 8 (Sec. 3.2)")
-    group.add_argument("--lam", type=float, default=0.1, help="temperature λ; default 0.1 (Eq. 2)")
+                       help="what the two videos of a group share (Table 1 b-d)")
+    group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
+                       help="playback speeds, in source frames a step (Sec. 3.2)")
+    group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="default 400, kinetics400 200 (Sec. 4.1, 4.2)")
-    group.add_argument("--batch-size", type=int,
-                       help="videos over all processes; default 192, kinetics400 512/256/192 by backbone (Sec. 4)")
-    group.add_argument("--lr", type=float, help="peak learning rate; default 3e-4 (Sec. 3.4)")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="default 1e-4 (Sec. 3.4)")
-    group.add_argument("--warmup-epochs", type=float, help="default 10 (paper silent)")
-    group.add_argument("--amp", choices=("bf16", "fp16", "off"), help="default bf16 on a GPU, else off (paper silent)")
+    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
+    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
+    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
+    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
+    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=0, help="default 0")
-    group.add_argument("--out", help="default runs/DATASET-ARCH")
-    group.add_argument("--log-every", type=int, default=10, help="steps between lines of the log; default 10")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
 
-    args.arch = args.arch or ("r3d18_narrow" if args.dataset == "toy" else "r3d18")
-    for name, value in paper_defaults(args.dataset, args.arch).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.data is None:
-        if args.dataset != "toy":
-            parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
-        args.data = "toy-videos"
+        parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     args.losses, args.speeds = sorted(set(args.losses), key=LOSSES.index), sorted(set(args.speeds))
-    if args.workers is None:
-        args.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    args.amp = args.amp or ("bf16" if torch.cuda.is_available() else "off")
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"
     for name, least in dict(epochs=1, frames=2, size=8, batch_size=4, workers=0, warmup_epochs=0, log_every=1).items():
         if getattr(args, name) < least:
@@ -213,8 +172,7 @@ def main(argv=None):
                                   fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16,
-                              enabled=args.amp != "off")
+    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
     # Go on from a checkpoint
     out, step = Path(args.out), 0
@@ -242,7 +200,9 @@ def main(argv=None):
     batches = iter(pair_loader(pairs, args.batch_size, step, steps, args.workers, rank, world))
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
     sums, count, waited, since, begun, first = defaultdict(float), 0, 0.0, time.perf_counter(), time.perf_counter(), step
-    unread, failed = {}, set()
+    unread, failed, signals = {}, set(), []
+    for name in ("SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), lambda number, frame: signals.append(signal.Signals(number).name))
     while step < steps:
         asked = time.perf_counter()
         batch = next(batches)
@@ -275,25 +235,30 @@ def main(argv=None):
             values |= dict(lr=lr, clips_per_s=2 * args.batch_size * count / (now - since),
                            waiting_for_data=waited / (now - since), left_s=(now - begun) / (step - first) * (steps - step),
                            peak_memory_gb=peak_memory(device))
-            unread = {name: problem for part in gather_objects(unread) for name, problem in part.items()}
+            news = gather_objects((unread, signals))                            # of each process
+            unread = {name: problem for part, _ in news for name, problem in part.items() if name not in failed}
+            signals[:] = [name for _, part in news for name in part]
             if rank == 0:
                 log_json(out / "log.jsonl", step=step, epoch=step / steps_an_epoch, **values)
                 bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", *terms, "clips_per_s",
                                                                           "waiting_for_data")})
-                for name in unread.keys() - failed:
-                    bar.write(f"replaced an unreadable video: {unread[name]}", sys.stderr)
-                    log_json(out / "log.jsonl", step=step, unreadable=name, problem=unread[name])
+                for name, problem in unread.items():
+                    bar.write(f"replaced an unreadable video: {problem}", sys.stderr)
+                    log_json(out / "log.jsonl", step=step, unreadable=name, problem=problem)
             failed |= unread.keys()
             if len(failed) > MAX_BAD * len(paths):
                 raise ValueError(f"{len(failed)} of {len(paths)} videos turned out to be unreadable, more than "
                                  f"{MAX_BAD:.0%}: see {out / 'log.jsonl'}")
             sums, count, waited, since, unread = defaultdict(float), 0, 0.0, now, {}
 
-        if step % steps_an_epoch == 0 and rank == 0:
+        leave = signals and (world == 1 or step % args.log_every == 0)          # where all processes know of it
+        if rank == 0 and (leave or step % steps_an_epoch == 0):
             save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
                             schedule=schedule.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
                             step=step, args=vars(args), world=world)
             save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
+        if leave and step < steps:
+            sys.exit(f"{signals[0]}: saved step {step} of {steps}; the same command goes on from there")
     bar.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,338 @@
+"""Run: python -m pytest tests/test_decode.py; with TEST_DECODES=10000 the search for leaks is as long as an epoch."""
+import csv
+import itertools
+import os
+import random
+import shutil
+import socket
+import threading
+import wave
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHARED
+
+import data
+from data import VideoError, count_frames, decode, draw_view
+
+ODD = SHARED / "videos" / "odd"
+MANIFEST = list(csv.DictReader(open(ODD / "manifest.csv"))) if ODD.is_dir() else []
+COUNTS = {row["file"]: int(row["decodable_frames"] or 0) for row in MANIFEST}
+READABLE = [name for name in COUNTS if COUNTS[name] and name != "corrupted.mp4"]
+UNREADABLE = [name for name in COUNTS if not COUNTS[name]]
+
+
+def write_video(path, pictures, codec="mpeg4", stamps=None, **options):
+    """Encode uint8 (H, W, 3) pictures; stamps: the time stamp of each, in frames; options: the encoder's."""
+    with av.open(os.fspath(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, _ = pictures[0].shape
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for n, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts = stamps[n] if stamps else n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbered(frames):
+    """Pictures that show their number: eight bits, eight black or white columns, (48, 64, 3) each."""
+    rows = [np.unpackbits(np.uint8([n])).repeat(8) * np.uint8(255) for n in range(frames)]
+    return [np.ascontiguousarray(np.broadcast_to(row[None, :, None], (48, 64, 3))) for row in rows]
+
+
+def numbers(clip):
+    """The numbers that decoded pictures show, whatever their size: uint8 (N, 3, H, W) -> N ints."""
+    return np.packbits((clip.float().unflatten(-1, (8, -1)).mean((1, 2, 4)) > 127).numpy(), axis=1)[:, 0].tolist()
+
+
+def ramps(height, width):
+    """A picture that shows where one looks: red grows from left to right, green from top to bottom."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x / (width - 1), 255 * y / (height - 1), np.full_like(x, 128.0)], -1).round().astype(np.uint8)
+
+
+def in_order(path, wanted):
+    """The plain way: decode every frame in turn, convert those wanted -> uint8 (len(wanted), H, W, 3), their count."""
+    with av.open(os.fspath(path), metadata_errors="ignore") as container:
+        kept = {n: frame.to_ndarray(format="rgb24") if n in wanted else None
+                for n, frame in enumerate(container.decode(video=0))}
+    return np.stack([kept[n] for n in wanted]), len(kept)
+
+
+def some(count, k, seed=0):
+    """k frame numbers of count in random order, the first, the last and a repeat among them."""
+    rng = random.Random(seed)
+    chosen = [0, count - 1, count - 1] + [rng.randrange(count) for _ in range(k)]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def within(seconds, function, *args):
+    """function(*args), or the VideoError it raises; a failure where it takes longer than `seconds`."""
+    results = []
+
+    def call():
+        try:
+            results.append(function(*args))
+        except VideoError as error:
+            results.append(error)
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, f"no answer within {seconds} seconds"
+    return results[0]
+
+
+# ---- Exact frames: files whose pictures show their numbers ----
+
+X264 = dict(codec="libx264", preset="ultrafast")
+KINDS = {
+    "h264_with_b_frames.mp4": dict(codec="libx264", bf="3", g="12"),
+    "h264_with_open_gops.mp4": X264 | {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0"},
+    "h264_with_uneven_time_stamps.mp4": X264 | dict(bf="2", stamps=[n * n // 3 + n for n in range(60)]),
+    "h264_with_b_frames.avi": X264 | dict(bf="3", g="12"),
+    "h264_with_b_frames.ts": X264 | dict(bf="3", g="12"),
+    "hevc.mp4": dict(codec="libx265", preset="ultrafast", **{"x265-params": "bframes=3:keyint=12:log-level=none"}),
+    "mpeg4.avi": dict(codec="mpeg4", g="12"),
+    "mpeg4_with_b_frames.avi": dict(codec="mpeg4", bf="2", g="12"),
+    "all_key_frames.mp4": X264 | dict(g="1"),
+    "motion_jpeg.avi": dict(codec="mjpeg"),
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    return {kind: write_video(folder / kind, numbered(60), **options) for kind, options in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_are_those_whose_numbers_were_asked_for(written, kind):
+    wanted = some(60, 20)
+    assert numbers(decode(written[kind], wanted)) == wanted
+    assert numbers(decode(written[kind], wanted, size=24)) == wanted
+    assert numbers(decode(written[kind], range(60))) == list(range(60))
+    assert count_frames(written[kind]) == (60, 48, 64, "")
+
+
+def test_written_files_hold_what_their_names_say(written):
+    for kind, path in written.items():
+        with av.open(str(path)) as container:
+            types = {frame.pict_type.name for frame in container.decode(video=0)}
+        with av.open(str(path)) as container:
+            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+        keys = [k for k, (_, key) in enumerate(packets) if key]
+        leading = any(packets[later][0] < packets[key][0] for key in keys for later in range(key, len(packets)))
+        steps = {b - a for a, b in itertools.pairwise(sorted(pts for pts, _ in packets))}
+        assert ("b_frames" in kind) <= ("B" in types), kind
+        assert ("open_gops" in kind) <= leading, kind                           # shown before the key frame they follow
+        assert ("uneven" in kind) == (len(steps) > 1), kind
+        assert ("all_key" in kind or "jpeg" in kind) == (len(keys) == 60) and len(keys) > 1 or "uneven" in kind, kind
+
+
+def test_decoding_stops_at_the_last_frame_asked_for(written, monkeypatch):
+    read, seen = data.read_frames, []
+    monkeypatch.setattr(data, "read_frames", lambda path: (seen.append(1) or frame for frame in read(path)))
+    decode(written["mpeg4.avi"], [7, 20, 3])
+    assert len(seen) == 21
+
+
+def test_a_frame_does_not_depend_on_what_else_is_asked_for(written):
+    path, wanted = written["h264_with_b_frames.mp4"], some(60, 12)
+    boxes = [draw_view(48, 64, seed % 4)[0] for seed in range(len(wanted))]     # some boxes are shared, some are not
+    for size, boxes in ((None, None), (24, None), (24, boxes)):
+        together = decode(path, wanted, size, boxes)
+        assert torch.equal(together, decode(path, wanted, size, boxes))
+        for k, n in enumerate(wanted):
+            assert torch.equal(together[k], decode(path, [n], size, boxes and [boxes[k]])[0])
+
+
+def test_negative_frame_numbers_are_refused(written):
+    with pytest.raises(ValueError, match="-1"):
+        decode(written["mpeg4.avi"], [3, -1])
+
+
+# ---- Exact frames: real files ----
+
+@pytest.mark.parametrize("name", READABLE)
+def test_real_files_give_the_frames_of_a_decode_in_order(name):
+    wanted = some(COUNTS[name], 2 if COUNTS[name] < 200 and (ODD / name).suffix != ".avi" else 12)
+    expected, count = in_order(ODD / name, wanted)
+    assert count == COUNTS[name] == count_frames(ODD / name)[0]
+    assert np.array_equal(decode(ODD / name, wanted).permute(0, 2, 3, 1), expected)
+
+
+def test_original_ucf101_files_give_the_frames_of_a_decode_in_order(shared):
+    folder = shared / "videos" / "ucf_original" / "UCF-101"
+    crawling = sorted(folder.glob("BabyCrawling/*.avi"))[:4]                    # time stamps out of order
+    for path in crawling + [sorted(folder.glob(f"{name}/*.avi"))[0] for name in ("Lunges", "Punch", "PushUps")]:
+        count = count_frames(path)[0]
+        expected, n = in_order(path, wanted := some(count, 12))
+        assert n == count
+        assert np.array_equal(decode(path, wanted).permute(0, 2, 3, 1), expected), path
+
+
+# ---- Files that cannot be read ----
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_real_unreadable_files_are_reported_by_name_within_seconds(name):
+    error = within(10, decode, ODD / name, [0])
+    assert isinstance(error, VideoError) and str(ODD / name) in str(error)
+    frames, *_, problem = within(10, count_frames, ODD / name)
+    assert frames == 0 and problem
+
+
+def test_corrupt_file_gives_the_frames_before_the_fault_and_does_not_hang(shared):
+    path = shared / "videos" / "odd" / "corrupted.mp4"                          # frame threads would hang here
+    clip = within(20, decode, path, [27, 0, 13], 90)
+    assert clip.shape == (3, 3, 90, 160)
+    error = within(20, decode, path, [0, 28])
+    assert isinstance(error, VideoError) and str(path) in str(error)
+    frames, _, _, problem = within(20, count_frames, path)
+    assert frames == 28 and problem
+
+
+def test_unreadable_files_are_reported_by_name(tmp_path, written):
+    whole = written["h264_with_b_frames.mp4"].read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.avi").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "head.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(10_000))
+    (tmp_path / "folder.mp4").mkdir()
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(8000))
+    for name in ("empty.mp4", "text.avi", "head.mp4", "noise.mp4", "folder.mp4", "sound.wav", "missing.avi"):
+        error = within(10, decode, tmp_path / name, [0])
+        assert isinstance(error, VideoError) and str(error).startswith(f"{tmp_path / name}: "), name
+        assert within(10, count_frames, tmp_path / name)[0] == 0
+
+
+def test_a_frame_past_the_end_is_refused_with_the_number_that_decode(written):
+    with pytest.raises(VideoError, match=r"mpeg4\.avi: frame 75 .* only 60 frames"):
+        decode(written["mpeg4.avi"], [3, 75, 60])
+
+
+def test_a_file_that_gives_no_frame_for_too_long_is_given_up(written, monkeypatch):
+    monkeypatch.setattr(data, "PATIENCE", -1)
+    with pytest.raises(VideoError, match=r"mpeg4\.avi"):
+        decode(written["mpeg4.avi"], [59])
+
+
+def test_a_change_of_picture_size_is_an_error_unless_pictures_are_scaled_to_boxes(tmp_path):
+    parts = [write_video(tmp_path / f"{h}.h264", [ramps(h, 64)] * 3, **X264, bf="0") for h in (48, 80)]
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert decode(path, [3, 5]).shape == (2, 3, 80, 64)
+    with pytest.raises(VideoError, match="both.h264: the picture size changes"):
+        decode(path, [0, 5])
+    assert decode(path, [0, 5], 32, [(0, 0, 1, 1)] * 2).shape == (2, 3, 32, 32)
+
+
+# ---- File names ----
+
+@pytest.mark.parametrize("name", [b"caf\xe9.avi", b"[a] (b) {c}; $(touch x) & '\"`.avi", b"-i.avi", b"concat:x.avi",
+                                  b"http:x.avi", b"%03d*?.avi", b"new\nline.avi", "\u89c6\u9891".encode()])
+def test_any_file_name_is_only_a_file_name(written, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(name)
+    shutil.copy(written["mpeg4.avi"], tmp_path / name)
+    assert numbers(decode(name, [7, 5])) == numbers(decode(tmp_path / name, [7, 5])) == [7, 5]
+    with pytest.raises(VideoError):                                             # the message can be shown and stored
+        decode(name, [75])
+    assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1/x.mp4", "concat:a.avi|a.avi", "pipe:0", "subfile,,start,0,,:a.avi",
+                                  "data:video/mp4;base64,AAAA", "file:a.avi"])
+def test_protocols_are_not_followed(written, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(written["mpeg4.avi"], "a.avi")
+    error = within(10, decode, name, [0])
+    assert isinstance(error, VideoError) and "No such file" in str(error)
+
+
+@pytest.mark.parametrize("suffix", ["m3u8", "mp4"])
+def test_a_playlist_does_not_reach_the_network(tmp_path, suffix):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
+        path = tmp_path / f"list.{suffix}"
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\n{url}\n#EXT-X-ENDLIST\n")
+        assert isinstance(within(10, decode, path, [0]), VideoError)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+# ---- Sizes and boxes ----
+
+SHAPES = [(48, 64), (64, 48), (50, 50), (36, 130), (201, 67)]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Videos of several aspect ratios that show where one looks."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return {shape: write_video(folder / f"{shape}.avi", [ramps(*shape)] * 2, b="4000000") for shape in SHAPES}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_size_is_the_short_side_and_the_aspect_ratio_stays(pictures, shape):
+    assert decode(pictures[shape], [1]).shape[2:] == shape
+    for size in (24, 37, 128):
+        clip = decode(pictures[shape], [0, 1], size)
+        assert clip.shape == (2, 3, *(round(side * size / min(shape)) for side in shape))
+        plain = F.interpolate(decode(pictures[shape], [0, 1]).float(), clip.shape[2:], mode="bilinear", antialias=True)
+        assert (clip - plain).abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_box_of_the_whole_picture_is_a_plain_resize(pictures, shape):
+    whole = decode(pictures[shape], [0], 32, [(0.0, 0.0, 1.0, 1.0)])
+    plain = F.interpolate(decode(pictures[shape], [0]).float(), (32, 32), mode="bilinear", antialias=True)
+    assert (whole - plain).abs().mean() < 1.5
+    if shape[0] == shape[1]:
+        assert torch.equal(whole, decode(pictures[shape], [0], 32))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_box_is_what_a_crop_and_then_a_resize_show(pictures, shape):
+    (height, width), whole, rng = shape, decode(pictures[shape], [1]).float(), random.Random(0)
+    corners = [(top, left, 0.5, 0.4) for top in (0.0, 0.5) for left in (0.0, 0.6)]
+    for box in [draw_view(*shape, seed)[0] for seed in range(20)] + corners:
+        top, left, h, w = (round(share * side) for share, side in zip(box, (height, width, height, width)))
+        cropped = whole[..., top:top + h, left:left + w]
+        expected = F.interpolate(cropped, (64, 64), mode="bilinear", antialias=True)
+        shown = decode(pictures[shape], [1], 64, [box])
+        assert (shown - expected).abs().mean() < 3, box
+        assert rng and shown[0, 0, :, -8:].float().mean() > shown[0, 0, :, :8].float().mean()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_box_becomes_a_square_of_the_size_asked_for(pictures, shape):
+    rng = random.Random(1)
+    boxes = [(0.0, 0.0, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.0, 0.99, 1.0, 0.01), (0.99, 0.0, 0.01, 1.0)]
+    for _ in range(100):
+        h, w = rng.uniform(0.2, 1), rng.uniform(0.2, 1)
+        boxes.append((rng.uniform(0, 1 - h), rng.uniform(0, 1 - w), h, w))
+    for size in (31, 112):
+        assert decode(pictures[shape], [0] * len(boxes), size, boxes).shape == (len(boxes), 3, size, size)
+
+
+def test_tall_and_tiny_real_videos_become_squares_too(shared):
+    for name, shape in (("vertical-sample.ts", (4000, 16)), ("-video-with-dash-.mp4", (1, 1))):
+        path, boxes = shared / "videos" / "odd" / name, [draw_view(*shape, seed)[0] for seed in range(4)]
+        assert decode(path, [0]).shape[2:] == shape
+        assert decode(path, [0], 64).shape[2:] == tuple(side * 64 // min(shape) for side in shape)
+        assert decode(path, [0, 1, 2, 4], 128, boxes).shape == (4, 3, 128, 128)
+
+
+# ---- Leaks ----
+
+def test_memory_and_open_files_stay_flat(written, tmp_path):
+    path, (tmp_path / "text.avi").write_text("no video") and written["mpeg4.avi"], tmp_path / "text.avi"

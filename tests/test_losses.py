@@ -1,0 +1,377 @@
+"""Run: python -m pytest tests/test_losses.py"""
+import ast
+import inspect
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import losses
+from common import mean_over_processes
+from losses import d, loss_equi, loss_inst
+from models import LOSSES, TimeEquivariant
+from pretrain import gather_keys, objective
+
+EQUI = torch.tensor([[3, 1, 4, 0, 5, 9, 2, 6, 3, 3, 8, 7],                      # i: video 3 comes three times
+                     [7, 7, 2, 2, 7, 7, 5, 5, 7, 2, 1, 1]])                     # pq: two groups drew 7 by chance
+INST = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4],                      # i: two or three clips of a video
+                     [0, 1, 0, 1, 2, 0, 1, 5, 4, 2, 1, 0]])                     # p
+both = pytest.mark.parametrize("loss, ids", [(loss_equi, EQUI), (loss_inst, INST)], ids=["equi", "inst"])
+
+
+def features(n=12, dim=6, dtype=torch.float64, seed=0):
+    x = torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype).requires_grad_()
+
+
+def value_and_gradient(loss, x, *args, **kwargs):
+    value = loss(x, *args, **kwargs)
+    return value, torch.autograd.grad(value, x)[0]
+
+
+def close(actual, expected, tolerance=1e-10, **kwargs):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, **kwargs)
+
+
+# ---- The equations, letter by letter ----
+
+def eq2(x, y, lam):
+    y = y.detach()                                                              # stopgrad(y)
+    dot = sum(a * b for a, b in zip(x, y))
+    norms = sum(a * a for a in x).sqrt() * sum(b * b for b in y).sqrt()
+    return torch.exp(1 / lam * dot / norms)
+
+
+def eq1(psi, video, pq, lam):
+    over_i = []
+    for i in range(len(psi)):
+        over_j = []
+        for j in range(len(psi)):
+            if pq[j] == pq[i] and video[j] != video[i]:                         # ψ_j^pq, j ≠ i
+                above = eq2(psi[i], psi[j], lam)
+                below = above
+                for k in range(len(psi)):
+                    if pq[k] != pq[i]:                                          # rs ≠ pq
+                        below = below + eq2(psi[i], psi[k], lam)
+                over_j.append(-torch.log(above / below))
+        over_i.append(sum(over_j) / len(over_j))
+    return sum(over_i) / len(over_i)
+
+
+def eq3(phi, video, clip, lam):
+    over_i = []
+    for i in range(len(phi)):
+        over_q = []
+        for q in range(len(phi)):
+            if video[q] == video[i] and clip[q] != clip[i]:                     # φ_i^q, q ≠ p
+                above = eq2(phi[i], phi[q], lam)
+                below = above
+                for j in range(len(phi)):
+                    if video[j] != video[i]:                                    # j ≠ i
+                        below = below + eq2(phi[i], phi[j], lam)
+                over_q.append(-torch.log(above / below))
+        over_i.append(sum(over_q) / len(over_q))
+    return sum(over_i) / len(over_i)
+
+
+@pytest.mark.parametrize("loss, equation, ids", [(loss_equi, eq1, EQUI), (loss_inst, eq3, INST)], ids=["equi", "inst"])
+@pytest.mark.parametrize("lam", [0.1, 0.7])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_loss_and_its_gradient_are_those_of_loops_over_i_j_k(loss, equation, ids, lam, dtype, tolerance):
+    value, gradient = value_and_gradient(loss, features(dtype=dtype), *ids, lam=lam)
+    expected_value, expected_gradient = value_and_gradient(equation, features(), *ids.tolist(), lam)
+    assert value.dtype == gradient.dtype == dtype and value.ndim == 0
+    close(value, expected_value.to(dtype), tolerance)
+    close(gradient, expected_gradient.to(dtype), tolerance)
+
+
+@both
+def test_with_one_positive_it_is_the_cross_entropy_of_infonce(loss, ids):
+    first, second = torch.arange(4).repeat_interleave(2), torch.arange(2).repeat(4)       # 00 01 10 11 20 21 30 31
+    x = features(8)
+    y = F.normalize(x, dim=1)
+    logits = (y @ y.detach().T / 0.1).masked_fill(torch.eye(8, dtype=torch.bool), -math.inf)
+    partner = torch.arange(8) ^ 1
+    expected = F.cross_entropy(logits, partner)
+    close(loss(x, *((first * 2 + second, first) if loss is loss_equi else (first, second))), expected)
+
+
+def test_d_is_the_exponential_of_the_cosine_over_lam():
+    x, y = features(3), features(5, seed=1)
+    close(d(x, y, 0.3), torch.exp(F.cosine_similarity(x[:, None], y, dim=2) / 0.3))
+    assert torch.equal(d(x, y), d(x, y, 0.1))
+
+
+# ---- Closed forms ----
+
+@pytest.mark.parametrize("videos", [4, 6, 24])
+def test_equal_features_give_the_log_of_one_plus_the_negatives(videos):
+    group, i, p = torch.arange(videos) // 2, torch.arange(videos).repeat_interleave(2), torch.arange(2).repeat(videos)
+    equi = loss_equi(torch.ones(videos, 5), torch.arange(videos), group)
+    inst = loss_inst(torch.ones(2 * videos, 5), i, p)
+    assert equi.item() == pytest.approx(math.log(1 + videos - 2))               # every video outside the group of two
+    assert inst.item() == pytest.approx(math.log(1 + 2 * (videos - 1)))         # both clips of every other video
+
+
+@both
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("cosine", [-1, 0, 0.6])
+@pytest.mark.parametrize("lam", [0.1, 0.5])
+def test_aligned_positives_and_n_negatives_at_one_cosine(loss, ids, n, cosine, lam):
+    side, number = torch.arange(2).repeat_interleave(n), torch.arange(2 * n)    # two transformations, or two videos
+    x = torch.tensor([[1, 0], [cosine, math.sqrt(1 - cosine ** 2)]], dtype=torch.float64)[side]
+    value = loss(x, *((number, side) if loss is loss_equi else (side, number)), lam=lam)
+    assert value.item() == pytest.approx(math.log1p(n * math.exp((cosine - 1) / lam)), abs=1e-14)    # n e^-20 and more
+
+
+def test_without_negatives_the_loss_is_zero():
+    assert loss_equi(features(4), torch.arange(4), torch.zeros(4)).item() == pytest.approx(0, abs=1e-14)
+    assert loss_inst(features(4), torch.zeros(4), torch.arange(4)).item() == pytest.approx(0, abs=1e-14)
+
+
+# ---- Who is a positive, who a negative ----
+
+def test_transformations_equal_by_chance_are_positives_never_negatives():
+    a, b = torch.eye(2, dtype=torch.float64)
+    psi, pq = torch.stack([a, a, b, b, -a, -a]), torch.tensor([0, 0, 1, 1, 0, 0])
+    partner, chance = math.log1p(2 * math.exp(-10)), math.log1p(2 * math.exp(10))         # two negatives, b and b
+    expected = (4 * (partner + 2 * chance) / 3 + 2 * math.log1p(4 * math.exp(-10))) / 6
+    assert loss_equi(psi, torch.arange(6), pq).item() == pytest.approx(expected)
+
+
+def test_in_eq_1_the_same_video_and_transformation_is_neither_positive_nor_negative():
+    i, pq = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 0, 1, 1, 0])
+    one, other = features(5), features(5)
+    other.data[[0, 4]] = features(2, seed=1).data                               # the anchor itself, and its video again
+    close(loss_equi(one[:1], i[:1], pq[:1], (one, i, pq)), loss_equi(one[:1], i[:1], pq[:1], (other, i, pq)))
+
+
+def test_in_eq_1_another_transformation_of_the_same_video_is_a_negative():
+    i, pq = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    assert loss_equi(torch.ones(4, 5), i, pq).item() == pytest.approx(math.log(1 + 2))
+
+
+def test_in_eq_3_clips_of_the_same_video_are_never_negatives():
+    i, p = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    assert loss_inst(torch.ones(12, 5), i, p).item() == pytest.approx(math.log(1 + 3 * (4 - 1)))
+
+
+def test_in_eq_3_negatives_are_clips_of_other_videos_whatever_their_p():
+    one, two = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    for p in (two, two * 0 + torch.arange(4)):
+        assert loss_inst(torch.ones(4, 5), one, p).item() == pytest.approx(math.log(1 + 2))
+
+
+# ---- Gradient and precision ----
+
+def test_no_gradient_reaches_y_in_d():
+    x, y = features(4), features(5, seed=1)
+    d(x, y).sum().backward()
+    assert y.grad is None and x.grad.abs().min() > 0
+    z = features(4)
+    close(*(torch.autograd.grad(d(z, key).sum(), z)[0] for key in (z, z.detach())))
+
+
+@both
+def test_no_gradient_reaches_the_keys(loss, ids):
+    x, keys = features(), features()
+    loss(x, *ids, keys=(keys, *ids)).backward()
+    assert keys.grad is None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_d_under_autocast_is_the_float32_one(dtype):
+    x, y = features(dtype=torch.float32), features(dtype=torch.float32, seed=1)
+    with torch.autocast("cpu", dtype):
+        inside = d(x, y)
+        assert (x @ y.T).dtype == dtype                                         # autocast is at work here
+    assert inside.dtype == torch.float32 and torch.equal(inside, d(x, y))
+
+
+@both
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
+def test_half_precision_features_under_autocast_give_the_float32_loss(loss, ids, dtype, tolerance):
+    with torch.autocast("cpu", dtype):
+        value, gradient = value_and_gradient(loss, features(dtype=dtype), *ids)
+    expected_value, expected_gradient = value_and_gradient(loss, features(dtype=torch.float32), *ids)
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(value, loss(features(dtype=dtype).float(), *ids))        # only the features are rounded
+    close(value, expected_value, tolerance)
+    close(gradient.float(), expected_gradient, tolerance)
+
+
+# ---- Keys: the batch of all processes ----
+
+@both
+def test_the_keys_are_the_anchors_unless_given(loss, ids):
+    alone, given = value_and_gradient(loss, features(), *ids), value_and_gradient(
+        loss, features(), *ids, keys=(features(), *ids))
+    assert all(map(torch.equal, alone, given))
+
+
+@both
+def test_the_order_of_the_keys_does_not_matter(loss, ids):
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled = value_and_gradient(loss, features(), *ids, keys=(features()[order], *ids[:, order]))
+    close(shuffled, value_and_gradient(loss, features(), *ids))
+
+
+@both
+@pytest.mark.parametrize("shards", [2, 3, 6])
+def test_the_mean_over_shards_with_all_keys_is_the_loss_of_the_whole(loss, ids, shards):
+    def mean_of_shards(x):
+        parts = zip(x.chunk(shards), ids.chunk(shards, dim=1))
+        return sum(loss(part, *part_ids, keys=(x.detach(), *ids)) for part, part_ids in parts) / shards
+
+    close(value_and_gradient(mean_of_shards, features()), value_and_gradient(loss, features(), *ids))
+
+
+# ---- Errors ----
+
+@both
+def test_a_batch_without_any_positive_is_refused(loss, ids):
+    alone = torch.arange(12), torch.arange(12)                                  # twelve videos, twelve transformations
+    with pytest.raises(ValueError, match=f"{loss.__name__}: an anchor has no positive"):
+        loss(features(), *alone)
+    with pytest.raises(ValueError, match="no positive"):
+        loss(features(0), *ids[:, :0])
+
+
+@both
+def test_one_anchor_without_a_positive_is_refused(loss, ids):
+    ids = ids.clone()
+    ids[:, -1] = 99
+    with pytest.raises(ValueError, match="no positive"):
+        loss(features(), *ids)
+
+
+def test_a_video_is_no_positive_of_itself():
+    with pytest.raises(ValueError, match="loss_equi: .* no other video in the batch has its pq"):
+        loss_equi(features(4), torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="loss_inst: .* no other clip of its video"):
+        loss_inst(features(4), torch.zeros(4), torch.zeros(4))
+
+
+@both
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_refused(loss, ids, bad):
+    broken = features()
+    broken.data[5, 2] = bad
+    for x, y in ((broken, features()), (features(), broken)):
+        with pytest.raises(ValueError, match="not finite: a feature is NaN or infinite"):
+            loss(x, *ids, keys=(y, *ids))
+
+
+@both
+@pytest.mark.parametrize("argument", range(6))                                  # features, i, pq | p; then the keys'
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[..., None], lambda x: x[0]], ids=["row", "dim", "first"])
+def test_shapes_that_do_not_fit_are_refused_by_name(loss, ids, argument, change):
+    args = [features(), *ids, features(), *ids]
+    args[argument] = change(args[argument])
+    with pytest.raises(ValueError, match=r"(loss_\w+|d) needs .* is \(\d+"):
+        loss(*args[:3], keys=args[3:])
+
+
+@both
+def test_keys_of_another_dimension_are_refused(loss, ids):
+    with pytest.raises(ValueError, match=r"d needs x \(N, D\) and y \(M, D\), but x is \(12, 6\) and y is \(12, 7\)"):
+        loss(features(), *ids, keys=(features(dim=7), *ids))
+
+
+@both
+@pytest.mark.parametrize("lam", [0, -0.1, math.nan])
+def test_a_temperature_not_above_zero_is_refused(loss, ids, lam):
+    with pytest.raises(ValueError, match=f"lam must be above 0, but is {lam}"):
+        loss(features(), *ids, lam=lam)
+
+
+@both
+def test_every_temperature_gives_a_finite_loss_and_gradient_or_an_error(loss, ids):
+    refused = []
+    for lam in torch.linspace(0.010, 0.014, 81).tolist():                       # e^(1/λ) leaves float32 at λ = 0.01127
+        for x in (torch.ones(12, 3), torch.tensor([[1., 0, 0], [-1, 0, 0]]).repeat(6, 1)):
+            try:
+                value, gradient = value_and_gradient(loss, x.requires_grad_(), *ids, lam=lam)
+                assert value.isfinite() and gradient.isfinite().all(), lam
+            except ValueError as error:
+                refused.append(lam)
+                assert f"lam={lam} is too small" in str(error)
+    assert 0.0112 < max(refused) < 0.013
+
+
+# ---- To be copied into other projects ----
+
+def test_losses_py_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(losses.__file__, tmp_path)
+    code = ("import sys, torch, losses; i = torch.arange(8); x = torch.randn(8, 5)\n"
+            "print(losses.loss_equi(x, i, i // 2) + losses.loss_inst(x, i // 2, i % 2))\n"
+            "assert not {'common', 'data', 'models', 'pretrain', 'torchvision'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def test_losses_py_imports_torch_and_nothing_else():
+    tree = ast.walk(ast.parse(inspect.getsource(losses)))
+    imports = [ast.unparse(node) for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports == ["import torch", "import torch.nn.functional as F"]
+
+
+@both
+def test_each_function_works_cut_out_together_with_d(loss, ids):
+    elsewhere = {"torch": torch, "F": F}
+    exec(inspect.getsource(d), elsewhere)
+    assert torch.equal(elsewhere["d"](features(), features()), d(features(), features()))
+    exec(inspect.getsource(loss), elsewhere)
+    assert torch.equal(elsewhere[loss.__name__](features(), *ids), loss(features(), *ids))
+
+
+# ---- Several processes ----
+
+GROUPED = 0, 0, 1, 1, 2, 2, 1, 1            # each group on one process; of the four 1s, two on another process, by chance
+SPLIT = 0, 1, 2, 1, 0, 1, 2, 1              # with two and with four processes, every positive of 0 and 2 is on another
+CASES = {"all": (LOSSES, SPLIT), "equi-grouped": (("equi",), GROUPED), **{name: ((name,), SPLIT) for name in LOSSES}}
+
+
+def train_step(case, rank=0, world=1):
+    """This process's share of eight videos, forward and backward -> terms, averaged over processes; gradients.
+
+    BatchNorm sees its share only, so its statistics would differ: eval mode.
+    """
+    names, pq = CASES[case]
+    torch.manual_seed(0)                                                        # the same model and batch everywhere
+    model = TimeEquivariant("r3d18_narrow", names).double().eval()
+    batch = dict(clips=torch.randn(8, 2, 3, 2, 8, 8).double(), video=torch.arange(8), pq=torch.tensor(pq),
+                 speed=torch.randint(4, (8, 2)), direction=torch.randint(2, (8, 2)), order=torch.randint(3, (8,)))
+    batch = {name: value.chunk(world)[rank] for name, value in batch.items()}
+    out = (DistributedDataParallel(model) if world > 1 else model)(batch["clips"])
+    terms, _ = objective(out, batch, gather_keys(out, batch), lam=0.1)
+    sum(terms.values()).backward()
+    return mean_over_processes(terms), {name: p.grad for name, p in model.named_parameters()}
+
+
+def process(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.save({case: train_step(case, rank, world) for case in CASES}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def distributed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (request.param, folder), request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_together_give_the_value_and_the_gradient_of_one(distributed, case):
+    terms, gradients = train_step(case)
+    assert set(terms) == set(CASES[case][0]) and all(gradient.abs().max() > 1e-4 for gradient in gradients.values())
+    for results in distributed:
+        assert results[case][0] == pytest.approx(terms, rel=1e-6)
+        close(results[case][1], gradients, 1e-6)
