@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -19,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import PATIENCE, VideoError, Windows, load_split, make_toy, normalise, scan, write_json
+from data import MAX_BAD, PATIENCE, VideoError, Windows, load_split, make_toy, normalise, scan, write_json
 from models import BACKBONES, load_backbone
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
@@ -167,10 +169,49 @@ def load_checkpoint(path):
     return None
 
 
+def resume(out, args, world, **parts):
+    """Put the state of OUT/checkpoint.pt, if there is one, into the parts (model, optimizer, ...) -> its step, or 0."""
+    state = load_checkpoint(out / "checkpoint.pt")
+    step = state["step"] if state else 0
+    if state:
+        check_same_run(state, args, world)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+    on_first(keep_log_until, out / "log.jsonl", step)
+    return step
+
+
+def save(out, args, world, step, **parts):
+    """OUT/checkpoint.pt: everything that `resume` needs to go on as if nothing had happened."""
+    save_checkpoint(out / "checkpoint.pt", step=step, args=vars(args), world=world, rng=torch.get_rng_state(),
+                    **{name: part.state_dict() for name, part in parts.items()})
+
+
+def check_same_run(state, args, world):
+    """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
+    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "test"}
+    was, now = ({name: value for name, value in run.items() if name not in free}
+                for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
+    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"{args.out} holds another run's checkpoint ({', '.join(changed)}; BatchNorm makes the number "
+                         f"of processes matter): give another --out, or the same arguments and processes")
+
+
+def keep_log_until(file, step):
+    """Drop the log's lines after `step`: the steps that an interrupted run did not save are done again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    file.write_text("".join(f"{line}\n" for line in kept))
+
+
 def log_json(path, **values):
     """Append one JSON object as a line."""
     with Path(path).open("a") as file:
-        print(json.dumps(values), file=file)
+        print(json.dumps({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in values.items()}),
+              file=file)
 
 
 def mean_over_processes(values):
@@ -181,6 +222,73 @@ def mean_over_processes(values):
         flat /= dist.get_world_size()
     parts = flat.cpu().split([value.numel() for value in values.values()])
     return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
+
+
+class Progress:
+    """What a training loop tells: a progress bar, OUT/log.jsonl, the videos replaced, a wish to stop (SIGTERM, SIGUSR1).
+
+    Values are summed on the device; nothing synchronises until they are logged.
+    """
+
+    def __init__(self, out, step, steps, steps_an_epoch, clips, log_every, device):
+        self.file, self.first, self.steps, self.steps_an_epoch = out / "log.jsonl", step, steps, steps_an_epoch
+        self.clips, self.log_every, self.device = clips, log_every, device     # clips: of a step, over all processes
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.rank > 0)
+        self.begun, self.replaced, self.new, self.signals = time.perf_counter(), set(), {}, []
+        for name in ("SIGTERM", "SIGUSR1"):
+            signal.signal(getattr(signal, name), lambda number, _: self.signals.append(signal.Signals(number).name))
+        self.restart()
+
+    def restart(self):
+        self.sums, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def wait_for(self, batches):
+        """The next batch, and how long the network waited for it."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.new.update(batch.pop("failed"))
+        return batch
+
+    def done(self, step, videos, lr, **values):
+        """A step is done. Every log_every steps the means since the last log are logged.
+
+        values: 0-dim tensors, and 1-dim *_shares, of which the log has the largest, as *_chance.
+        -> the name of a signal that asks to stop, or None. ValueError: more than MAX_BAD of the videos were replaced.
+        """
+        self.bar.update()
+        if step == self.steps:
+            self.bar.close()
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        if step % self.log_every and step < self.steps:
+            return self.signals[0] if self.signals and self.world == 1 else None    # several must stop at one step
+        means = mean_over_processes({name: value / self.count for name, value in self.sums.items()})
+        means = {name.replace("_shares", "_chance"): max(value) if isinstance(value, list) else value
+                 for name, value in means.items()}                              # chance: always the most frequent class
+        now = time.perf_counter()
+        means |= dict(lr=lr, clips_per_s=self.clips * self.count / (now - self.since),
+                      waiting_for_data=self.waited / (now - self.since), peak_memory_gb=peak_memory(self.device),
+                      left_s=(now - self.begun) / (step - self.first) * (self.steps - step))
+        news = gather_objects((self.new, self.signals))                         # of each process
+        new = {name: problem for part, _ in news for name, problem in part.items() if name not in self.replaced}
+        self.replaced |= new.keys()
+        if self.rank == 0:
+            log_json(self.file, step=step, epoch=step / self.steps_an_epoch, replaced=len(self.replaced), **means)
+            self.bar.set_postfix({name: f"{means[name]:.3g}" for name in means if name in values and "_" not in name
+                                  or name in ("clips_per_s", "waiting_for_data")})
+            for name, problem in new.items():
+                self.bar.write(f"replaced an unreadable video: {problem}", sys.stderr)
+                log_json(self.file, step=step, unreadable=name, problem=problem)
+        if len(self.replaced) > MAX_BAD * videos:
+            raise ValueError(f"{len(self.replaced)} of {videos} videos turned out to be unreadable, more than "
+                             f"{MAX_BAD:.0%}: {self.file} names them")
+        self.new = {}
+        self.restart()
+        signals = [name for _, part in news for name in part]
+        return signals[0] if signals and step < self.steps else None
 
 
 def views_of(windows, size, crops):
@@ -272,17 +380,23 @@ def judged(split, failed):
 
 
 def in_words(figures, chance):
-    """{"checkpoint": share, "random": share}, chance -> "71.2 % (randomly initialised 15.3 %, chance 1.2 %)"."""
+    """{"checkpoint": share, "random": share}, chance -> "71.2% (randomly initialised: 15.3%, chance: 1.2%)"."""
     if "checkpoint" not in figures:
-        return f"{figures['random']:.1%} randomly initialised (chance {chance:.1%})"
-    return f"{figures['checkpoint']:.1%} (randomly initialised {figures['random']:.1%}, chance {chance:.1%})"
+        return f"{figures['random']:.1%} randomly initialised (chance: {chance:.1%})"
+    random = f"{figures['random']:.1%}" if "random" in figures else "not run"
+    return f"{figures['checkpoint']:.1%} (randomly initialised: {random}, chance: {chance:.1%})"
+
+
+def default_out(args, checkpoint, arch):
+    """Where a judging script writes: --out, or beside the checkpoint -> Path."""
+    return Path(args.out or (f"runs/random-{arch}" if checkpoint == "random" else Path(checkpoint).parent))
 
 
 def write_result(args, name, network, **result):
     """OUT/name.json: the result and all that says what it is. Returns the file."""
     source = Path(args.checkpoint)
     protocol = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint")}
-    file = Path(args.out or (source.parent if source.is_file() else f"runs/random-{network.arch}")) / f"{name}.json"
+    file = default_out(args, args.checkpoint, network.arch) / f"{name}.json"
     write_json(file, result | dict(
         protocol=protocol | dict(standardised="mean and standard deviation of the training set (of the gallery)"),
         checkpoint=dict(path=str(source), arch=network.arch, trained_with=network.args, sha256=hashlib.sha256(

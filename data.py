@@ -75,13 +75,18 @@ def sample_pair(lengths, T=16, speeds=(1, 2, 4, 8), rng=random):
     return pairs, labels
 
 
+def fitting_step(length, T=16, step=4):
+    """Source frames a step in transfer learning: `step` (Sec. 3.4: 4), or the most that fits (# paper silent)."""
+    return max(1, min(step, (length - 1) // (T - 1)))
+
+
 def eval_windows(length, T=16, step=4, windows=10):
     """Sec. 3.4: `windows` evenly spaced clips of T frames, `step` source frames apart, over the whole video.
 
-    # paper silent: step = min(step, what fits); a video of fewer than T frames repeats its last frame.
+    # paper silent: a video of fewer than T frames repeats its last frame.
     -> `windows` lists of T frame numbers.
     """
-    step = max(1, min(step, (length - 1) // (T - 1)))
+    step = fitting_step(length, T, step)
     room = max(0, length - 1 - step * (T - 1))
     starts = [round(room * k / max(1, windows - 1)) for k in range(windows)] if windows > 1 else [room // 2]
     return [[min(start + step * t, length - 1) for t in range(T)] for start in starts]
@@ -491,25 +496,23 @@ class Pairs(torch.utils.data.Dataset):
         return torch.stack([clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)])
 
 
-def collate(groups):
-    """Groups of two videos -> one batch: (G, 2, ...) flattened to (2G, ...)."""
-    batch = {name: torch.cat([group[name] for group in groups]) for name in groups[0] if name != "failed"}
-    return batch | dict(failed=[item for group in groups for item in group["failed"]])
+def collate(items):
+    """The rows of all items -> one batch."""
+    batch = {name: torch.cat([item[name] for item in items]) for name in items[0] if name != "failed"}
+    return batch | dict(failed=[video for item in items for video in item["failed"]])
 
 
-def pair_loader(pairs, batch_size, first, last, workers=0, rank=0, world=1):
+def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
     """Batches of the steps first ... last - 1, over all epochs; process `rank` of `world` gets its share of each.
 
-    A global batch is the same whatever the number of processes. # paper silent: the rest of an epoch, fewer than
-    batch_size videos, is left out.
+    items: groups (Pairs) or clips (Clips) in a global batch, which is the same whatever the number of processes.
+    # paper silent: the rest of an epoch, fewer than `items`, is left out.
     """
-    a_step = batch_size // 2                                                    # groups in a global batch
-    steps = len(pairs) // a_step                                                # steps in an epoch
-    share = a_step // world
-    keys = ([(step // steps, step % steps * a_step + rank * share + g) for g in range(share)]
+    steps, share = len(dataset) // items, items // world                        # steps in an epoch, items of a process
+    keys = ([(step // steps, step % steps * items + rank * share + k) for k in range(share)]
             for step in range(first, last))
     return torch.utils.data.DataLoader(
-        pairs, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
         timeout=10 * PATIENCE if workers else 0)
 
 
@@ -537,7 +540,7 @@ class Clips(torch.utils.data.Dataset):
         rng = random.Random(repr((self.seed, epoch, place)))
         while len(failed) < 10:
             length, height, width = map(int, self.shapes[v])
-            step = min(self.step, max(1, (length - 1) // (self.T - 1)))
+            step = fitting_step(length, self.T, self.step)
             start = rng.randint(0, max(0, length - 1 - step * (self.T - 1)))
             box, flip = draw_view(height, width, rng.getrandbits(63))
             try:

@@ -5,22 +5,17 @@
 
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
-import json
-import signal
 import sys
-import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from common import (AMP, all_gather, gather_objects, init_distributed, load_checkpoint, log_json, mean_over_processes, on_first,
-                    peak_memory, run, save_checkpoint, shared_parser, warmup_cosine)
-from data import MAX_BAD, Pairs, colour, load_split, make_toy, pair_loader, scan, usable
+from common import (AMP, Progress, all_gather, init_distributed, list_and_scan, on_first, resume, run, save,
+                    save_checkpoint, shared_parser, warmup_cosine)
+from data import Pairs, colour, step_loader, usable
 from losses import loss_equi, loss_inst
 from models import LOSSES, TimeEquivariant
 
@@ -66,10 +61,7 @@ def parse_args(argv=None):
 
 def prepare(args):
     """The training videos: list, frame counts, and which of them can be used -> Split, paths, index."""
-    if args.dataset == "toy":
-        make_toy(args.data)
-    split = load_split(args.dataset, args.data, args.annotations, args.split)
-    index = scan(split, args.index, max(1, args.workers))
+    split, index = list_and_scan(args, args.split, "train")
     paths, report = usable(split, index, args.frames)
     print(report, file=sys.stderr)
     return split, paths, index
@@ -128,24 +120,6 @@ def nearest(x, y, candidate, match):
     return hit.float().mean(), ((match & candidate).sum(1) / candidate.sum(1)).mean()
 
 
-def check_same_run(state, args, world):
-    """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
-    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every"}
-    was, now = ({name: value for name, value in run.items() if name not in free}
-                for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
-    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
-    if changed:
-        raise ValueError(f"{args.out} holds another run's checkpoint ({', '.join(changed)}; BatchNorm makes the number "
-                         f"of processes matter): give another --out, or the same arguments and processes")
-
-
-def keep_log_until(file, step):
-    """Drop the log's lines after `step`: the steps that an interrupted run did not save are done again."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    file.write_text("".join(f"{line}\n" for line in kept))
-
-
 def main(argv=None):
     args = parse_args(argv)
 
@@ -175,20 +149,10 @@ def main(argv=None):
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
     # Go on from a checkpoint
-    out, step = Path(args.out), 0
-    state = load_checkpoint(out / "checkpoint.pt")
-    if state:
-        check_same_run(state, args, world)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        step = state["step"]
+    out = Path(args.out)
+    step = resume(out, args, world, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        keep_log_until(out / "log.jsonl", step)
-        print(f"{out}: {'goes on at' if state else 'starts at'} step {step} of {steps} ({args.epochs} epochs of "
+        print(f"{out}: {'goes on' if step else 'starts'} at step {step} of {steps} ({args.epochs} epochs of "
               f"{steps_an_epoch} steps) on {world} {device.type} process(es); {vars(args)}", file=sys.stderr)
     network = model
     if dist.is_initialized():
@@ -197,17 +161,10 @@ def main(argv=None):
         network = torch.compile(network)
 
     # Train
-    batches = iter(pair_loader(pairs, args.batch_size, step, steps, args.workers, rank, world))
-    bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    sums, count, waited, since, begun, first = defaultdict(float), 0, 0.0, time.perf_counter(), time.perf_counter(), step
-    unread, failed, signals = {}, set(), []
-    for name in ("SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), lambda number, frame: signals.append(signal.Signals(number).name))
+    batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
+    progress = Progress(out, step, steps, steps_an_epoch, 2 * args.batch_size, args.log_every, device)
     while step < steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        unread.update(batch.pop("failed"))
+        batch = progress.wait_for(batches)
         seeds = batch.pop("seed").flatten().tolist()                            # (2B,) one a clip, kept off the GPU
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         clips = colour(batch.pop("clips").flatten(0, 1), seeds)                 # (2B, 3, T, H, W)
@@ -222,44 +179,14 @@ def main(argv=None):
         scaler.update()
         lr = schedule.get_last_lr()[0]
         schedule.step()
-        step, count = step + 1, count + 1
-        for name, value in dict(loss=loss, **terms, **scores).items():
-            sums[name] = sums[name] + value.detach()                            # no synchronisation until the log
+        step += 1
+        leave = progress.done(step, len(paths), lr, loss=loss, **terms, **scores)
 
-        bar.update()
-        if step % args.log_every == 0 or step == steps:
-            values = mean_over_processes({name: total / count for name, total in sums.items()})
-            for task in {"speed", "direction", "order"} & set(terms):
-                values[f"{task}_chance"] = max(values.pop(f"{task}_shares"))    # always the most frequent class
-            now = time.perf_counter()
-            values |= dict(lr=lr, clips_per_s=2 * args.batch_size * count / (now - since),
-                           waiting_for_data=waited / (now - since), left_s=(now - begun) / (step - first) * (steps - step),
-                           peak_memory_gb=peak_memory(device))
-            news = gather_objects((unread, signals))                            # of each process
-            unread = {name: problem for part, _ in news for name, problem in part.items() if name not in failed}
-            signals[:] = [name for _, part in news for name in part]
-            if rank == 0:
-                log_json(out / "log.jsonl", step=step, epoch=step / steps_an_epoch, **values)
-                bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", *terms, "clips_per_s",
-                                                                          "waiting_for_data")})
-                for name, problem in unread.items():
-                    bar.write(f"replaced an unreadable video: {problem}", sys.stderr)
-                    log_json(out / "log.jsonl", step=step, unreadable=name, problem=problem)
-            failed |= unread.keys()
-            if len(failed) > MAX_BAD * len(paths):
-                raise ValueError(f"{len(failed)} of {len(paths)} videos turned out to be unreadable, more than "
-                                 f"{MAX_BAD:.0%}: see {out / 'log.jsonl'}")
-            sums, count, waited, since, unread = defaultdict(float), 0, 0.0, now, {}
-
-        leave = signals and (world == 1 or step % args.log_every == 0)          # where all processes know of it
         if rank == 0 and (leave or step % steps_an_epoch == 0):
-            save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            schedule=schedule.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
-                            step=step, args=vars(args), world=world)
+            save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
             save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
-        if leave and step < steps:
-            sys.exit(f"{signals[0]}: saved step {step} of {steps}; the same command goes on from there")
-    bar.close()
+        if leave:
+            sys.exit(f"{leave}: saved step {step} of {steps}; the same command goes on from there")
     if dist.is_initialized():
         dist.destroy_process_group()
 
