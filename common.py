@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import av
@@ -52,8 +53,8 @@ def shared_parser(doc, argv, judging=False):
     group.add_argument("--dataset", choices=DATASETS, default="toy", help="toy is generated on first use")
     group.add_argument("--data", help="folder of the videos")
     group.add_argument("--annotations", help="folder of the official lists; None: looked for beside the videos")
-    group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; several: their mean (Sec. 4)"
-                       if judging else "official split (Sec. 4)", **dict(nargs="+", default=[1]) if judging else {"default": 1})
+    group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; judging several gives their mean "
+                       "(Sec. 4)", **(dict(nargs="+", default=[1]) if judging else dict(default=1)))
     group.add_argument("--index", help="file that remembers frame counts; None: one in ~/.cache")
     group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
                        default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -83,6 +84,20 @@ def shared_parser(doc, argv, judging=False):
     else:
         parser.set_defaults(arch=arch, **{name: defaults[name] for name in ("frames", "size")})
     return parser, defaults
+
+
+def checked(parser, argv):
+    """Parse, and refuse values that cannot be meant."""
+    args = parser.parse_args(argv)
+    if args.data is None:
+        parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
+    least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1)
+    for name, value in vars(args).items():
+        if name in least and value is not None and not value >= least[name]:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, but is {value}")
+        if name in ("lr", "lam") and not 0 < value < float("inf"):
+            parser.error(f"--{name} must be above 0, but is {value}")
+    return args
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -134,7 +149,8 @@ def on_first(function, *args, **kwargs):
         except Exception as error:
             box = [(None, error)]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")     # the first scan of Kinetics takes hours
+        dist.broadcast_object_list(box, group=patient)
     result, error = box[0]
     if error is not None:
         raise error
@@ -159,7 +175,7 @@ def save_checkpoint(path, **state):
 
 
 def load_checkpoint(path):
-    """The newest whole checkpoint at `path`, on the CPU, or None; a damaged one is named and the one before is taken."""
+    """The newest whole checkpoint at `path`, or None; a damaged one is named and the one before it is taken."""
     for candidate in (path, path.with_suffix(".previous.pt")):
         if candidate.exists():
             try:
@@ -225,7 +241,7 @@ def mean_over_processes(values):
 
 
 class Progress:
-    """What a training loop tells: a progress bar, OUT/log.jsonl, the videos replaced, a wish to stop (SIGTERM, SIGUSR1).
+    """What a training loop tells: a progress bar, OUT/log.jsonl, videos replaced, a wish to stop (SIGTERM, SIGUSR1).
 
     Values are summed on the device; nothing synchronises until they are logged.
     """
@@ -371,7 +387,8 @@ def random_beside(network, args):
     """{"checkpoint": F} and, where F has learned anything, {"random": the same network with its initial weights}."""
     if args.checkpoint == "random":
         return {"random": network}
-    return {"checkpoint": network, "random": load_for_judging(argparse.Namespace(**vars(args) | {"checkpoint": "random"}))}
+    beside = argparse.Namespace(**vars(args) | dict(checkpoint="random"))
+    return {"checkpoint": network, "random": load_for_judging(beside)}
 
 
 def judged(split, failed):

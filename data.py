@@ -105,18 +105,20 @@ def read_frames(path):
     """av.VideoFrame after av.VideoFrame, as a full sequential decode numbers them, up to the first error.
 
     Time stamps play no part: in real files they are missing, repeated or out of order. One thread: frame threading
-    hangs for ever on some corrupt files, and loaders run many processes. VideoError: the file, or its rest, is unreadable.
+    hangs for ever on some corrupt files, and loaders run many processes.
+    VideoError: the file, or the rest of it, is unreadable.
     """
     path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
     last = time.monotonic()
     try:
         with av.open(path, metadata_errors="ignore", timeout=PATIENCE,
-                     options={"protocol_whitelist": "file"}) as container:
+                     options={"protocol_whitelist": "file"}) as container, \
+                closing(container.demux(video=0)) as packets:                   # left open, it loses memory
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream")
             stream = container.streams.video[0]
             stream.codec_context.thread_count, stream.thread_type = 1, "NONE"
-            for packet in container.demux(stream):
+            for packet in packets:
                 for frame in packet.decode():
                     yield frame
                     last = time.monotonic()
@@ -242,7 +244,7 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
         lists = find_lists(dataset, root, annotations, ".", file)
         root = root / "rgb" if (root / "rgb").is_dir() else root
         rows = json.loads((lists / file).read_text())
-        classes = [str(k) for k in range(48)]                                   # class 30 has no V2 video: 48 all the same
+        classes = [str(k) for k in range(48)]                                   # class 30 has no V2 video: still 48
         names, paths = [str(row["label"]) for row in rows], [f"{row['vid_name']}.mp4" for row in rows]
     elif dataset in ("kinetics400", "folder"):
         paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, files in

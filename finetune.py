@@ -10,7 +10,6 @@ and, for each split, OUT/finetune-DATASET-SPLIT/checkpoint.pt, from which the sa
 """
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, average_crops, default_out, in_words, init_distributed, judged, list_and_scan,
-                    load_for_judging, on_first, resume, run, save, shared_parser, warmup_cosine, write_result)
+from common import (AMP, Progress, average_crops, checked, default_out, in_words, init_distributed, judged,
+                    list_and_scan, load_for_judging, on_first, resume, run, save, shared_parser, warmup_cosine,
+                    write_result)
 from data import Clips, Windows, colour, step_loader, usable
 from models import classifier
 
@@ -45,11 +45,11 @@ def parse_args(argv=None):
     group.add_argument("--test", action="store_true", help="only test what OUT holds")
     dataset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].dataset
     parser.set_defaults(**finetune_defaults(dataset))
-    return parser.parse_args(argv)
+    return checked(parser, argv)
 
 
 def train(network, split, index, args, out, rank, world, device):
-    """Fine-tune on the training videos of a split, or go on doing so, until the network has the last epoch's weights."""
+    """Fine-tune on the training videos of a split, or go on doing so, to the weights of the last epoch."""
     paths, report = usable(split, index, T=1)                                   # short videos repeat their last frame
     clips = Clips(split, paths, index, args.frames, args.size, args.step, args.seed)
     steps_an_epoch = len(clips) // args.batch_size
@@ -99,7 +99,7 @@ def train(network, split, index, args, out, rank, world, device):
 
 
 def test(network, args, number, device):
-    """Sec. 3.4: the class with the highest probability, averaged over windows and crops -> dict; a failed video is wrong."""
+    """Sec. 3.4: the class of highest probability, averaged over windows and crops; a failed video is wrong -> dict."""
     split, index = on_first(list_and_scan, args, number, "test")
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
     network.eval()
@@ -147,7 +147,8 @@ def main(argv=None):
         if name == "checkpoint" and (beside := random_result(args, backbone)) is not None:
             top1["random"] = beside
         file = write_result(args, f"finetune-{args.dataset}", backbone, top1=top1, chance=chance, splits=results)
-        print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: {in_words(top1, chance)} ({file})")
+        print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: "
+              f"{in_words(top1, chance)} ({file})")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,8 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common import (extract, in_words, init_distributed, judged, load_for_judging, random_beside, run, shared_parser,
-                    write_result)
+from common import (checked, extract, in_words, init_distributed, judged, load_for_judging, random_beside, run,
+                    shared_parser, write_result)
 from data import sources
 
 
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parser.add_argument_group("classifier").add_argument(
         "--C", default="1e-3", help="the SVM's C, or auto: 5-fold cross-validation on the training set, with clips of "
         "one source video kept together (paper silent)")
-    args = parser.parse_args(argv)
+    args = checked(parser, argv)
     if args.C != "auto":
         try:
             args.C = float(args.C)
@@ -86,7 +86,8 @@ def main(argv=None):
     top1 = {name: float(np.mean([result[name]["top1"] for result in results])) for name in networks}
     chance = float(np.mean([result["chance"] for result in results]))
     file = write_result(args, f"linear_probe-{args.dataset}", network, top1=top1, chance=chance, splits=results)
-    print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: " + in_words(top1, chance) + f" ({file})")
+    print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: "
+          f"{in_words(top1, chance)} ({file})")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, all_gather, init_distributed, list_and_scan, on_first, resume, run, save,
+from common import (AMP, Progress, all_gather, checked, init_distributed, list_and_scan, on_first, resume, run, save,
                     save_checkpoint, shared_parser, warmup_cosine)
 from data import Pairs, colour, step_loader, usable
 from losses import loss_equi, loss_inst
@@ -40,19 +40,12 @@ def parse_args(argv=None):
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
     parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
+    args = checked(parser, argv)
 
-    if args.data is None:
-        parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     args.losses, args.speeds = sorted(set(args.losses), key=LOSSES.index), sorted(set(args.speeds))
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"
-    for name, least in dict(epochs=1, frames=2, size=8, batch_size=4, workers=0, warmup_epochs=0, log_every=1).items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
     if args.speeds[0] < 1 or args.speeds[-1] > 1023:
         parser.error("--speeds must lie between 1 and 1023 source frames a step")
-    if not args.lam > 0 or not args.lr > 0:
-        parser.error("--lam and --lr must be above 0")
     if args.equivariance == "spatial" and set(args.losses) - {"inst", "equi"}:
         parser.error("--equivariance spatial gives both clips one temporal transformation, so it goes with "
                      "--losses inst equi only (Table 1 b)")
@@ -86,7 +79,7 @@ def clips_as_rows(out, batch):
 def objective(out, batch, keys, lam):
     """L = L_inst + L_equi + L_speed + L_direction + L_order, term by term (Table 1; a row passes fewer terms).
 
-    -> terms {name: scalar}, scores {name: scalar or the labels' shares}: what the heads get right, and chance beside it.
+    -> terms {name: scalar}, scores {name: scalar, or the labels' shares}: what the heads get right, and by chance.
     """
     terms, scores = {}, {}
     if "phi" in out:

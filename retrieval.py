@@ -18,8 +18,8 @@ from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 
-from common import (extract, in_words, init_distributed, judged, load_for_judging, random_beside, run, shared_parser,
-                    write_result)
+from common import (checked, extract, in_words, init_distributed, judged, load_for_judging, random_beside, run,
+                    shared_parser, write_result)
 from data import VideoError, count_frames, decode
 
 
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     group.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="the k of R@k (Table 3)")
     group.add_argument("--features", metavar="FILE.npz", help="write features, paths and classes of both here")
     group.add_argument("--picture", metavar="FILE.png", help="draw queries and their nearest videos here")
-    args = parser.parse_args(argv)
+    args = checked(parser, argv)
     if min(args.k) < 1:
         parser.error(f"--k must be at least 1, but is {min(args.k)}")
     args.k = sorted(set(args.k))
@@ -96,7 +96,7 @@ def judge(gallery, query, networks, args, device):
     (g_read, g_files, g_names), (q_read, q_files, q_names) = sides
     if max(args.k) > len(g_files):
         raise ValueError(f"--k {max(args.k)} is larger than the gallery, {gallery[0].title}: {len(g_files)} videos")
-    class_id = {name: n for n, name in enumerate(dict.fromkeys(name for name in g_names + q_names if name))} | {None: -1}
+    class_id = {name: n for n, name in enumerate(dict.fromkeys(g_names + q_names))} | {None: -1}
     video_id = {file: n for n, file in enumerate(dict.fromkeys(map(os.path.realpath, g_files + q_files)))}
     g_ids, q_ids = (np.array([[class_id[name] for name in names], [video_id[os.path.realpath(file)] for file in files]])
                     for files, names in ((g_files, g_names), (q_files, q_names)))
@@ -127,7 +127,8 @@ def picture(file, query, gallery, nearest, rows=10, columns=6, cell=160):
             path, name = gallery[g]
             verdict = None if name is None or query[q][1] is None else name == query[q][1]
             row.append(thumbnail(path, name, verdict, cell))
-        sheet.append(torch.cat(row + [torch.full((3, cell + 20, cell), 255, dtype=torch.uint8)] * (columns - len(row)), 2))
+        blank = torch.full((3, cell + 20, cell), 255, dtype=torch.uint8)
+        sheet.append(torch.cat(row + [blank] * (columns - len(row)), dim=2))
     write_png(torch.cat(sheet, dim=1), str(file))
 
 

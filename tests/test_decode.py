@@ -51,9 +51,14 @@ def numbers(clip):
 
 
 def ramps(height, width):
-    """A picture that shows where one looks: red grows from left to right, green from top to bottom."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([255 * x / (width - 1), 255 * y / (height - 1), np.full_like(x, 128.0)], -1).round().astype(np.uint8)
+    """Two pictures that show where one looks: the first grows lighter from left to right, the second downwards."""
+    down, right = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    return [np.repeat(np.uint8(255 * grey)[..., None], 3, axis=2) for grey in (right, down)]
+
+
+def resized(clip, height, width):
+    """What a decode at that size should show, by torch: uint8 (N, 3, H, W) -> float (N, 3, height, width)."""
+    return F.interpolate(clip.float(), (height, width), mode="bilinear", antialias=True)
 
 
 def in_order(path, wanted):
@@ -128,11 +133,11 @@ def test_written_files_hold_what_their_names_say(written):
             packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
         keys = [k for k, (_, key) in enumerate(packets) if key]
         leading = any(packets[later][0] < packets[key][0] for key in keys for later in range(key, len(packets)))
-        steps = {b - a for a, b in itertools.pairwise(sorted(pts for pts, _ in packets))}
-        assert ("b_frames" in kind) <= ("B" in types), kind
-        assert ("open_gops" in kind) <= leading, kind                           # shown before the key frame they follow
-        assert ("uneven" in kind) == (len(steps) > 1), kind
-        assert ("all_key" in kind or "jpeg" in kind) == (len(keys) == 60) and len(keys) > 1 or "uneven" in kind, kind
+        steps = {b - a for a, b in itertools.pairwise(sorted(pts for pts, _ in packets if pts is not None))}
+        assert "B" in types or "b_frames" not in kind, kind
+        assert leading or "open_gops" not in kind, kind                         # shown before the key frame they follow
+        assert len(steps) > 3 or "uneven" not in kind, kind
+        assert len(keys) == 60 or "key_frames" not in kind, kind
 
 
 def test_decoding_stops_at_the_last_frame_asked_for(written, monkeypatch):
@@ -225,13 +230,14 @@ def test_a_file_that_gives_no_frame_for_too_long_is_given_up(written, monkeypatc
 
 
 def test_a_change_of_picture_size_is_an_error_unless_pictures_are_scaled_to_boxes(tmp_path):
-    parts = [write_video(tmp_path / f"{h}.h264", [ramps(h, 64)] * 3, **X264, bf="0") for h in (48, 80)]
+    parts = [write_video(tmp_path / f"{h}.h264", ramps(h, 64) * 2, **X264, bf="0") for h in (48, 80)]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert decode(path, [3, 5]).shape == (2, 3, 80, 64)
+    assert count_frames(path) == (8, 80, 64, "")
+    assert decode(path, [4, 7]).shape == (2, 3, 80, 64)
     with pytest.raises(VideoError, match="both.h264: the picture size changes"):
-        decode(path, [0, 5])
-    assert decode(path, [0, 5], 32, [(0, 0, 1, 1)] * 2).shape == (2, 3, 32, 32)
+        decode(path, [0, 7])
+    assert decode(path, [0, 7], 32, [(0, 0, 1, 1)] * 2).shape == (2, 3, 32, 32)
 
 
 # ---- File names ----
@@ -278,39 +284,47 @@ SHAPES = [(48, 64), (64, 48), (50, 50), (36, 130), (201, 67)]
 def pictures(tmp_path_factory):
     """Videos of several aspect ratios that show where one looks."""
     folder = tmp_path_factory.mktemp("pictures")
-    return {shape: write_video(folder / f"{shape}.avi", [ramps(*shape)] * 2, b="4000000") for shape in SHAPES}
+    return {shape: write_video(folder / f"{shape}.avi", ramps(*shape), b="4000000") for shape in SHAPES}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_size_is_the_short_side_and_the_aspect_ratio_stays(pictures, shape):
-    assert decode(pictures[shape], [1]).shape[2:] == shape
+    clip = decode(pictures[shape], [0, 1])
+    assert clip.shape == (2, 3, *shape)
     for size in (24, 37, 128):
-        clip = decode(pictures[shape], [0, 1], size)
-        assert clip.shape == (2, 3, *(round(side * size / min(shape)) for side in shape))
-        plain = F.interpolate(decode(pictures[shape], [0, 1]).float(), clip.shape[2:], mode="bilinear", antialias=True)
-        assert (clip - plain).abs().mean() < 1.5
+        scaled = [round(side * size / min(shape)) for side in shape]
+        small = decode(pictures[shape], [0, 1], size)
+        assert small.shape == (2, 3, *scaled)
+        assert (small - resized(clip, *scaled)).abs().mean() < 1.5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_of_the_whole_picture_is_a_plain_resize(pictures, shape):
-    whole = decode(pictures[shape], [0], 32, [(0.0, 0.0, 1.0, 1.0)])
-    plain = F.interpolate(decode(pictures[shape], [0]).float(), (32, 32), mode="bilinear", antialias=True)
-    assert (whole - plain).abs().mean() < 1.5
+    whole = decode(pictures[shape], [0, 1], 32, [(0.0, 0.0, 1.0, 1.0)] * 2)
+    assert (whole - resized(decode(pictures[shape], [0, 1]), 32, 32)).abs().mean() < 1
     if shape[0] == shape[1]:
-        assert torch.equal(whole, decode(pictures[shape], [0], 32))
+        assert torch.equal(whole, decode(pictures[shape], [0, 1], 32))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_is_what_a_crop_and_then_a_resize_show(pictures, shape):
-    (height, width), whole, rng = shape, decode(pictures[shape], [1]).float(), random.Random(0)
+    clip = decode(pictures[shape], [0, 1])
     corners = [(top, left, 0.5, 0.4) for top in (0.0, 0.5) for left in (0.0, 0.6)]
     for box in [draw_view(*shape, seed)[0] for seed in range(20)] + corners:
-        top, left, h, w = (round(share * side) for share, side in zip(box, (height, width, height, width)))
-        cropped = whole[..., top:top + h, left:left + w]
-        expected = F.interpolate(cropped, (64, 64), mode="bilinear", antialias=True)
-        shown = decode(pictures[shape], [1], 64, [box])
-        assert (shown - expected).abs().mean() < 3, box
-        assert rng and shown[0, 0, :, -8:].float().mean() > shown[0, 0, :, :8].float().mean()
+        top, left, height, width = (round(share * side) for share, side in zip(box, shape * 2))
+        cropped = resized(clip[..., top:top + height, left:left + width], 64, 64)
+        assert (decode(pictures[shape], [0, 1], 64, [box] * 2) - cropped).abs().mean() < 3, box
+
+
+@pytest.mark.parametrize("suffix, codec", [("avi", "mpeg4"), ("avi", "mjpeg"), ("mp4", "libx264")])
+def test_scaling_keeps_colours(tmp_path, suffix, codec):
+    colours = np.uint8([[255, 255, 255], [0, 0, 0], [200, 30, 40], [30, 160, 60], [20, 40, 210], [128, 128, 128]])
+    painted = [np.tile(colour, (48, 64, 1)) for colour in colours]
+    path = write_video(tmp_path / f"colours.{suffix}", painted, codec, b="4000000")
+    for size, boxes in ((None, None), (24, None), (40, [(0.1, 0.2, 0.5, 0.6)] * 6)):
+        shown = decode(path, range(6), size, boxes).float()
+        assert (shown.mean((2, 3)) - torch.from_numpy(colours)).abs().max() < 4
+        assert shown.std((2, 3)).max() < 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -334,5 +348,23 @@ def test_tall_and_tiny_real_videos_become_squares_too(shared):
 
 # ---- Leaks ----
 
+def resident():
+    """Memory of this process in kB."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+
+
 def test_memory_and_open_files_stay_flat(written, tmp_path):
-    path, (tmp_path / "text.avi").write_text("no video") and written["mpeg4.avi"], tmp_path / "text.avi"
+    good, bad = written["mpeg4.avi"], tmp_path / "text.avi"
+    bad.write_text("no video")
+    growth, decodes, files = [], int(os.environ.get("TEST_DECODES", 1000)), len(os.listdir("/proc/self/fd"))
+    for _ in range(4):                                                          # a leak shows in every round, noise in some
+        before = resident()
+        for k in range(decodes // 4):
+            if k % 4 < 2:
+                decode(good, [k % 7, 3], size=24, boxes=[(0.0, 0.1 * (k % 5), 1.0, 0.5), (0.0, 0.0, 0.5, 0.5)])
+            else:
+                with pytest.raises(VideoError):
+                    decode(bad if k % 4 == 2 else good, [60])
+        growth.append(resident() - before)
+    assert min(growth) < 24, growth                                             # kB; 0.3 kB a decode were lost once
+    assert len(os.listdir("/proc/self/fd")) == files
