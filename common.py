@@ -8,6 +8,8 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def paper_defaults(dataset, arch):
         epochs=200 if dataset == "kinetics400" else 400,                        # Sec. 4.2 | 4.1
         batch_size=kinetics.get(arch, 512) if dataset == "kinetics400" else 192,    # Sec. 4.2 | 4.1
         frames=32 if arch == "s3dg" else 16,                                    # Table 2 | Sec. 3.4
-        size=112 if arch == "r2plus1d18" or dataset.startswith("diving48") else 128,    # Table 2; Diving48: paper silent
+        size=112 if arch == "r2plus1d18" or dataset.startswith("diving48") else 128,   # Table 2; Diving48: paper silent
         lr=3e-4, warmup_epochs=10)                                              # Sec. 3.4; warm-up: paper silent
 
 
@@ -111,6 +113,8 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")                                      # one process tells
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device
@@ -206,7 +210,8 @@ def save(out, args, world, step, **parts):
 
 def check_same_run(state, args, world):
     """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
-    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "test"}
+    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "windows", "crops", "test"}
+    world = state["world"] if vars(args).get("test") else world                 # finetune.py --test: nothing goes on
     was, now = ({name: value for name, value in run.items() if name not in free}
                 for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
     changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
@@ -276,6 +281,8 @@ class Progress:
         self.bar.update()
         if step == self.steps:
             self.bar.close()
+            for name in ("SIGTERM", "SIGUSR1"):                                 # nothing is left to be saved
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
         self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -322,8 +329,8 @@ def views_of(windows, size, crops):
 def average_crops(network, windows, size, crops, device, amp="off", workers=0, softmax=False, title="test"):
     """Sec. 3.4: "averaging predictions of multiple temporal and spatial crops", and features in the same way.
 
-    network: (N, 3, T, H, W) -> (N, K), in eval mode; windows: data.Windows. Videos are shared out over the processes and each is
-    run on its own, so its result depends on nothing else. softmax: average probabilities, not the outputs themselves.
+    network: (N, 3, T, H, W) -> (N, K), in eval mode; windows: data.Windows. Videos are shared out over the processes
+    and each is run on its own: its result depends on nothing else. softmax: average probabilities, not the outputs.
     -> float32 (V, K) in the order of the videos, NaN where a video failed, and {v: problem}; on every process.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -342,7 +349,10 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
     parts = gather_objects((outputs, failed))
     outputs, failed = ({v: value for part in parts for v, value in part[k].items()} for k in (0, 1))
     if not outputs:
-        raise ValueError(f"not one of {len(windows)} videos could be read, the first: {next(iter(failed.values()), '')}")
+        raise ValueError(f"{title}: not one of {len(windows)} videos could be read, the first: {failed[0]}")
+    strange = sum(not output.isfinite().all() for output in outputs.values())
+    if strange:
+        raise ValueError(f"{title}: what the network makes of {strange} of {len(windows)} videos is not finite")
     nothing = torch.full_like(next(iter(outputs.values())), float("nan"))
     return torch.stack([outputs.get(v, nothing) for v in range(len(windows))]), dict(sorted(failed.items()))
 
@@ -355,7 +365,10 @@ def load_for_judging(args):
     if args.checkpoint == "random":
         args.arch = args.arch or ("r3d18_narrow" if args.dataset == "toy" else "r3d18")
     torch.manual_seed(args.seed)                                                # of the random initialisation
+    file = Path(args.checkpoint)
+    content = file.read_bytes() if args.checkpoint != "random" and file.is_file() else None     # it may change later
     network = load_backbone(args.checkpoint, args.arch)
+    network.sha256 = content and hashlib.sha256(content).hexdigest()
     clips = paper_defaults(args.dataset, network.arch) | network.args
     args.arch, args.frames, args.size = network.arch, args.frames or clips["frames"], args.size or clips["size"]
     return network
@@ -363,19 +376,30 @@ def load_for_judging(args):
 
 def list_and_scan(args, number, part):
     """One part of an official split, or the folder `part` of one's own videos -> Split, index of frame counts."""
-    if args.dataset == "toy":
-        make_toy(args.data)
-    split = (load_split(args.dataset, args.data, args.annotations, number, part) if part in ("train", "test")
-             else load_split("folder", part))
+    if part not in ("train", "test"):
+        split = replace(load_split("folder", part), title=part)
+    else:
+        if args.dataset == "toy":
+            make_toy(args.data)
+        split = load_split(args.dataset, args.data, args.annotations, number, part)
     return split, scan(split, args.index, max(1, args.workers))
 
 
-def extract(networks, args, number, part, device):
-    """Features of every video of a part: mean over windows and crops (Sec. 3.4).
+def check_parts(train, test):
+    """Refuse what gives no test result: videos without labels, and test videos that were trained on."""
+    if not train.classes:
+        raise ValueError(f"{train.title} has no labels to learn (one's own videos can be listed as UCF101's are)")
+    both = set(train.found.values()) & set(test.found.values())
+    if both:
+        raise ValueError(f"{train.title}: {len(both)} of {len(test.paths)} test videos are training videos too (one's "
+                         f"own videos can be listed as UCF101's are)")
+
+
+def extract(networks, args, split, index, device):
+    """Features of every video: mean over windows and crops (Sec. 3.4).
 
     networks: {name: F} -> Split, {name: float32 array (V, D), NaN rows where a video failed}, {path: problem}.
     """
-    split, index = on_first(list_and_scan, args, number, part)
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
     x, failed = average_crops(lambda clips: torch.cat([network(clips) for network in networks.values()], dim=1),
                               windows, args.size, args.crops, device, args.amp, args.workers, title=split.title)
@@ -383,17 +407,31 @@ def extract(networks, args, number, part, device):
     return split, {name: f.numpy() for name, f in features}, {split.paths[v]: problem for v, problem in failed.items()}
 
 
-def random_beside(network, args):
-    """{"checkpoint": F} and, where F has learned anything, {"random": the same network with its initial weights}."""
-    if args.checkpoint == "random":
-        return {"random": network}
-    beside = argparse.Namespace(**vars(args) | dict(checkpoint="random"))
-    return {"checkpoint": network, "random": load_for_judging(beside)}
+def random_beside(network, args, device):
+    """{"checkpoint": F} and, where F has learned anything, {"random": the same network, initialised with --seed}."""
+    networks = {"random": network}
+    if args.checkpoint != "random":
+        beside = argparse.Namespace(**vars(args) | dict(checkpoint="random"))
+        networks = {"checkpoint": network, "random": load_for_judging(beside)}
+    return {name: net.to(device, memory_format=torch.channels_last_3d) for name, net in networks.items()}
 
 
-def judged(split, failed):
-    """What was asked for and what came of it, for a result file."""
+def most_frequent(split):
+    """Accuracy by chance: the share of the most frequent class, which one gets who always answers with it."""
+    return max(Counter(split.labels).values()) / len(split.labels)
+
+
+def judged(split, _, failed):
+    """What was asked for and what came of it, for a result file; takes what `extract` gives."""
     return dict(title=split.title, expected=len(split.paths), scored=len(split.paths) - len(failed), failed=failed)
+
+
+def told(part, fate):
+    """What `judged` gave, in words; fate: what became of the videos that could not be read."""
+    names = [f"{path} ({problem})" for path, problem in part["failed"].items()]
+    return (f"{part['title']}: {part['scored']} of {part['expected']} videos scored"
+            + (f"; {len(names)} could not be read and {fate}: " if names else "")
+            + ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""))
 
 
 def in_words(figures, chance):
@@ -409,18 +447,16 @@ def default_out(args, checkpoint, arch):
     return Path(args.out or (f"runs/random-{arch}" if checkpoint == "random" else Path(checkpoint).parent))
 
 
-def write_result(args, name, network, **result):
+def write_result(args, name, network, standardised, **result):
     """OUT/name.json: the result and all that says what it is. Returns the file."""
-    source = Path(args.checkpoint)
     protocol = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint")}
     file = default_out(args, args.checkpoint, network.arch) / f"{name}.json"
-    write_json(file, result | dict(
-        protocol=protocol | dict(standardised="mean and standard deviation of the training set (of the gallery)"),
-        checkpoint=dict(path=str(source), arch=network.arch, trained_with=network.args, sha256=hashlib.sha256(
-            source.read_bytes()).hexdigest() if source.is_file() else None),
-        command=sys.argv, versions=dict(python=platform.python_version(), torch=torch.__version__, av=av.__version__,
-                                        torchvision=torchvision.__version__, numpy=np.__version__,
-                                        sklearn=sklearn.__version__)))
+    write_json(file, indent=1, value=result | dict(
+        protocol=protocol | dict(standardised=standardised),
+        checkpoint=dict(path=args.checkpoint, sha256=network.sha256, arch=network.arch, trained_with=network.args),
+        command=sys.argv, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                      av=av.__version__, numpy=np.__version__, sklearn=sklearn.__version__)))
     return file
 
 
@@ -433,6 +469,7 @@ def peak_memory(device):
 
 def run(main):
     """Call main(); what the user can put right ends in one sentence and exit status 1, not in a traceback."""
+    sys.stdout.reconfigure(errors="surrogateescape")                            # names of files are any bytes
     try:
         main()
     except (ValueError, OSError, VideoError) as error:

@@ -136,7 +136,12 @@ def count_frames(path):
             frames, height, width = frames + 1, frame.height, frame.width
         return frames, height, width, "" if frames else "no frames"
     except VideoError as error:
-        return frames, height, width, str(error).removeprefix(f"{os.path.abspath(path)}: ")
+        return frames, height, width, reason(error, path)
+
+
+def reason(error, path):
+    """What a VideoError says about a file whose name is told beside it."""
+    return str(error).removeprefix(f"{os.path.abspath(path)}: ")
 
 
 def decode(path, frames, size=None, boxes=None):
@@ -331,9 +336,8 @@ def scan(split, index=None, workers=1, progress=True):
         raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first} (--data)")
     index = Path(index or default_index(split.root))
     try:
-        known = json.loads(index.read_text())
-        assert isinstance(known, dict)
-    except (OSError, ValueError, AssertionError):
+        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 6}
+    except (OSError, ValueError, TypeError, AttributeError):                    # not there, or not what it was
         known = {}
     stamps = {}
     for path, file in split.found.items():
@@ -354,12 +358,18 @@ def scan(split, index=None, workers=1, progress=True):
     return {path: tuple(known[path][2:]) for path in split.found}
 
 
-def write_json(file, value):
-    """Write beside, then rename: a reader never sees half a file."""
+def write_json(file, value, indent=None):
+    """Write beside, then rename: a reader never sees half a file. ValueError: a number that JSON has no word for."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value))
+    beside.write_text(json.dumps(value, indent=indent, allow_nan=False))
     beside.replace(file)
+
+
+def unreadable(split, index):
+    """{path: problem} of the videos that are not there or give not one frame."""
+    known = {path: index.get(path, (0, 0, 0, "not found")) for path in split.paths}
+    return {path: problem for path, (n, _, _, problem) in known.items() if n == 0}
 
 
 def usable(split, index, T=16):
@@ -386,8 +396,76 @@ def usable(split, index, T=16):
 # ---------------------------------------------------------------------- the toy data set
 
 
+TOY_CLASSES = ("Diagonal", "Horizontal", "Orbit", "Spin", "Split", "Stretch", "Vertical", "Zoom")
+
+
+def toy_video(cls, rng, size=32):
+    """One generated video whose class is the motion of its sprite -> (N, size, size, 3) uint8, 112 to 144 frames.
+
+    Shape, colours, sizes, place and stripes are random and tell nothing about the class. What the pretext tasks need is
+    - speed: every motion has the same natural period, 32 frames;
+    - direction: the stripes drift downwards, and only downwards (a motion that merely repeats itself does not do: small
+      networks stay at chance for hundreds of steps);
+    - order: stripes and swings die down, to a quarter at the end. Contrast jitter and shuffling hardly hide that.
+    It can show that the pretext tasks are learned, in minutes on a CPU. It cannot show that the features transfer.
+    """
+    t = np.arange(rng.integers(112, 145))[:, None, None]                        # (N, 1, 1)
+    phase = 2 * np.pi * (t / 32 + rng.random())                                 # one natural period
+    energy = np.exp(-t / 96)                                                    # everything dies down
+    a, b = energy * np.cos(phase), energy * np.sin(phase)                       # (N, 1, 1)  swings of the class's motion
+    side = rng.choice([-1, 1])                                                  # a mirror image is the same class
+    motions = {"Diagonal": dict(x=a, y=side * a), "Horizontal": dict(x=a), "Orbit": dict(x=a, y=side * b),
+               "Spin": dict(angle=2 * a), "Split": dict(x=(1 + a) / 2), "Stretch": dict(wide=a, high=-a),
+               "Vertical": dict(y=a), "Zoom": dict(wide=a, high=a)}
+    move = dict(x=0, y=0, angle=0, wide=0, high=0) | motions[cls]
+
+    grid = np.arange(size) - (size - 1) / 2
+    X, Y = grid[None, None, :] - rng.uniform(-3, 3), grid[None, :, None] - rng.uniform(-3, 3)
+    angle = np.pi * rng.random() + move["angle"]
+    shape, radius, thin = rng.integers(3), rng.uniform(5, 7), rng.uniform(0.5, 0.8)
+    mask = 0
+    for sign in (1, -1) if cls == "Split" else (1,):                            # Split: two sprites, mirror images
+        dx, dy = (X - sign * 8 * move["x"]) / (1 + 0.6 * move["wide"]), (Y - 8 * move["y"]) / (1 + 0.6 * move["high"])
+        u, v = np.cos(angle) * dx + np.sin(angle) * dy, (np.cos(angle) * dy - np.sin(angle) * dx) / thin
+        r = [np.hypot(u, v), 1.1 * np.maximum(abs(u), abs(v)), 0.8 * (abs(u) + abs(v))][shape]  # disc, box, diamond
+        mask = np.maximum(mask, np.clip(radius - r + 0.5, 0, 1))                # (N, H, W)  1 inside, soft edge
+
+    stripes = energy * np.sin(rng.uniform(-0.3, 0.3) * X + rng.uniform(0.6, 1) * Y - phase)  # (N, H, W)
+    back = 128 - rng.uniform(30, 60) + rng.uniform(-35, 35, 3)                  # (3,)     dark ground, bright sprite
+    fore = 128 + rng.uniform(40, 90) + rng.uniform(-35, 35, 3)
+    ground = back + 60 * stripes[..., None]                                     # (N, H, W, 3)
+    video = ground + mask[..., None] * (fore - ground)
+    return np.clip(video + rng.normal(0, 2, (len(t), size, size, 1)), 0, 255).astype(np.uint8)
+
+
 def make_toy(root):
-    raise NotImplementedError
+    """The toy data set as files, made on first use, in the layout and list format of UCF101: 8 classes of 50 videos,
+    288 for training and 112, of other groups, for testing. Written beside and renamed: it is whole or not there."""
+    root = Path(root)
+    if (root / "ucfTrainTestlist").is_dir():
+        return
+    beside, lists = root.with_name(f"{root.name}.{os.getpid()}"), defaultdict(list)
+    for n in tqdm(range(400), f"make {root}", unit="video"):
+        cls, group, clip = TOY_CLASSES[n % 8], n // 8 % 25 + 1, n // 200 + 1    # UCF101: test split 1 is groups 1 to 7
+        path = f"{cls}/v_{cls}_g{group:02d}_c{clip:02d}.avi"
+        write_video(beside / path, toy_video(cls, np.random.default_rng(n)))
+        lists["testlist01.txt" if group < 8 else "trainlist01.txt"].append(path)
+    lists["classInd.txt"] = [f"{k} {cls}" for k, cls in enumerate(TOY_CLASSES, 1)]
+    (beside / "ucfTrainTestlist").mkdir()
+    for name, lines in lists.items():
+        (beside / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
+    beside.replace(root)
+
+
+def write_video(file, frames, rate=25):
+    """uint8 (N, H, W, 3) -> an MPEG-4 file of high quality."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate, options={"flags": "+qscale", "global_quality": "236"})    # q = 2
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
 
 
 # ---------------------------------------------------------------------- augmentation S (Sec. 3.4)
@@ -484,7 +562,10 @@ class Pairs(torch.utils.data.Dataset):
                     seeds.append([rng.getrandbits(63) for _ in "pq"])
             except VideoError as error:                                         # a deterministic replacement
                 failed.append((os.fsdecode(self.files[v]), str(error)))
-                videos[videos.index(v)] = rng.choice([w for w in range(len(self.files)) if w not in videos])
+                others = [w for w in range(len(self.files)) if w not in videos]
+                if not others:
+                    break
+                videos[videos.index(v)] = rng.choice(others)
                 continue
             two = dict(video=torch.tensor([int(v) for v in videos]), clips=torch.stack(clips), seed=torch.tensor(seeds))
             return two | {name: torch.tensor([label, label]) for name, label in labels.items()} | dict(failed=failed)
@@ -566,6 +647,8 @@ class Windows(torch.utils.data.Dataset):
     def __init__(self, split, index, T=16, size=128, step=4, windows=10):
         self.files = np.array([os.fsencode(split.found.get(path, "")) for path in split.paths])
         self.lengths = np.array([index.get(path, (0,))[0] for path in split.paths])
+        bad = unreadable(split, index)
+        self.problems = {v: bad[path] for v, path in enumerate(split.paths) if path in bad}
         self.T, self.side, self.step, self.windows = T, round(size * 8 / 7), step, windows
 
     def __len__(self):
@@ -573,10 +656,10 @@ class Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, v):
         """-> v, uint8 (windows, T, 3, h, w) and "", or None and the problem: nothing is ever replaced."""
-        if not self.lengths[v]:
-            return v, None, "not found or not one frame decodes"
+        if v in self.problems:
+            return v, None, self.problems[v]
         frames = sum(eval_windows(int(self.lengths[v]), self.T, self.step, self.windows), [])
         try:
             return v, decode(os.fsdecode(self.files[v]), frames, self.side).unflatten(0, (-1, self.T)), ""
         except VideoError as error:
-            return v, None, str(error)
+            return v, None, reason(error, os.fsdecode(self.files[v]))

@@ -5,9 +5,11 @@
         --checkpoint BACKBONE                                                   # or: --checkpoint random
     python finetune.py --dataset diving48 --data Diving48 --step 1 --checkpoint BACKBONE    # Table 4, V2, 1x
 
-A new linear layer on F(x); the last epoch is tested, never the best on the test set. Writes OUT/finetune-DATASET.json
-and, for each split, OUT/finetune-DATASET-SPLIT/checkpoint.pt, from which the same command goes on.
+A new linear layer on F(x); the last epoch is tested, never the best on the test set. Writes
+OUT/finetune-DATASET-STEPx.json and, for each split, OUT/finetune-DATASET-STEPx-SPLIT/checkpoint.pt, from which the
+same command goes on. A test video that cannot be read counts as wrong and is named.
 """
+import argparse
 import json
 import sys
 
@@ -17,10 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, average_crops, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, on_first, resume, run, save, shared_parser, warmup_cosine,
-                    write_result)
-from data import Clips, Windows, colour, step_loader, usable
+from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
+                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, shared_parser, told,
+                    warmup_cosine, write_result)
+from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
 
@@ -42,7 +44,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
     group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
-    group.add_argument("--test", action="store_true", help="only test what OUT holds")
+    group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
     dataset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].dataset
     parser.set_defaults(**finetune_defaults(dataset))
     return checked(parser, argv)
@@ -98,9 +100,11 @@ def train(network, split, index, args, out, rank, world, device):
             sys.exit(f"{leave}: saved step {step} of {steps}; the same command goes on from there")
 
 
-def test(network, args, number, device):
+def test(network, split, index, args, device):
     """Sec. 3.4: the class of highest probability, averaged over windows and crops; a failed video is wrong -> dict."""
-    split, index = on_first(list_and_scan, args, number, "test")
+    if dist.is_initialized():
+        for buffer in network.buffers():                                        # BatchNorm's differ, the first's are saved
+            dist.broadcast(buffer, 0)
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
     network.eval()
     scores, failed = average_crops(network, windows, args.size, args.crops, device, args.amp, args.workers,
@@ -108,45 +112,46 @@ def test(network, args, number, device):
     labels = torch.tensor(split.labels)
     right = scores.nan_to_num(-1).argmax(1) == labels                           # (V,)
     right[list(failed)] = False
-    return dict(split=number, test=judged(split, {split.paths[v]: problem for v, problem in failed.items()}),
-                top1=right.double().mean().item(), chance=(labels.bincount().max() / len(labels)).item(),
-                per_class={k: right[labels == k].double().mean().item() for k in labels.unique().tolist()})
+    return dict(test=judged(split, None, {split.paths[v]: problem for v, problem in failed.items()}),
+                top1=right.double().mean().item(), chance=most_frequent(split),
+                per_class={split.classes[k]: right[labels == k].double().mean().item() for k in sorted(set(split.labels))})
 
 
-def random_result(args, network):
-    """The top-1 of the same command with --checkpoint random, if it was run."""
-    file = default_out(args, "random", network.arch) / f"finetune-{args.dataset}.json"
-    free = {"data", "annotations", "index", "workers", "amp", "log_every", "test"}
-    if file.is_file():
-        result = json.loads(file.read_text())
-        if all(result["protocol"].get(name, value) == value for name, value in vars(args).items()
-               if name not in free | {"out", "checkpoint"}):
-            return result["top1"].get("random")
-    return None
+def random_result(args, name):
+    """{"random": top-1} of the same command with --checkpoint random, if that was run with its own --out."""
+    free = {"data", "annotations", "index", "workers", "amp", "log_every", "test", "out", "checkpoint"}
+    file = default_out(argparse.Namespace(out=None), "random", args.arch) / f"{name}.json"
+    if args.checkpoint == "random" or not file.is_file():
+        return {}
+    result = json.loads(file.read_text())
+    same = all(result["protocol"].get(key) == value for key, value in vars(args).items() if key not in free)
+    return {"random": result["top1"]["random"]} if same else {}
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = init_distributed()
-    if args.batch_size % world:
+    if args.batch_size % world and not args.test:
         raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes")
-    results = []
-    for number in args.split:
+    splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
+    for (train_split, _), (test_split, _) in splits:
+        check_parts(train_split, test_split)
+    name, results = f"finetune-{args.dataset}-{args.step}x", []
+    for number, (training, testing) in zip(args.split, splits):
         backbone = load_for_judging(args)
-        out = default_out(args, args.checkpoint, args.arch)
-        split, index = on_first(list_and_scan, args, number, "train")
-        if not split.classes:
-            raise ValueError(f"{split.title} has no labels, which fine-tuning needs")
-        network = classifier(backbone, len(split.classes)).to(device, memory_format=torch.channels_last_3d)
-        train(network, split, index, args, out / f"finetune-{args.dataset}-{number}", rank, world, device)
-        results.append(test(network, args, number, device))
+        out = default_out(args, args.checkpoint, args.arch) / f"{name}-{number}"
+        network = classifier(backbone, len(training[0].classes)).to(device, memory_format=torch.channels_last_3d)
+        this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out)))
+        train(network, *training, this, out, rank, world, device)
+        results.append(dict(split=number, train=judged(training[0], None, unreadable(*training)),
+                            **test(network, *testing, args, device)))
     if rank == 0:
-        name = "random" if args.checkpoint == "random" else "checkpoint"
-        top1 = {name: float(np.mean([result["top1"] for result in results]))}
+        row = "random" if args.checkpoint == "random" else "checkpoint"
+        top1 = {row: float(np.mean([result["top1"] for result in results]))} | random_result(args, name)
         chance = float(np.mean([result["chance"] for result in results]))
-        if name == "checkpoint" and (beside := random_result(args, backbone)) is not None:
-            top1["random"] = beside
-        file = write_result(args, f"finetune-{args.dataset}", backbone, top1=top1, chance=chance, splits=results)
+        file = write_result(args, name, backbone, None, top1=top1, chance=chance, splits=results)
+        for result in results:
+            print(told(result["train"], "left out"), told(result["test"], "count as wrong"), sep="\n")
         print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: "
               f"{in_words(top1, chance)} ({file})")
     if dist.is_initialized():

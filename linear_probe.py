@@ -10,13 +10,13 @@ import sys
 
 import numpy as np
 import torch.distributed as dist
-from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common import (checked, extract, in_words, init_distributed, judged, load_for_judging, random_beside, run,
-                    shared_parser, write_result)
+from common import (check_parts, checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging,
+                    most_frequent, on_first, random_beside, run, shared_parser, told, write_result)
 from data import sources
 
 
@@ -31,61 +31,65 @@ def parse_args(argv=None):
             args.C = float(args.C)
         except ValueError:
             args.C = 0
-        if not args.C > 0:
+        if not 0 < args.C < float("inf"):
             parser.error("--C must be a number above 0, or auto")
     return args
 
 
-def fit_svm(x, y, C=1e-3, groups=None, seed=0):
+def fit_svm(x, y, C=1e-3, groups=None, seed=0, jobs=1):
     """Standardise by the training set's mean and standard deviation (Sec. 3.4), then a linear SVM (Table 1).
 
     x: (N, D), y: (N,), groups: (N,) what must stay together where C is "auto" -> fitted scikit-learn pipeline.
     """
-    svm = make_pipeline(StandardScaler(), LinearSVC(C=1e-3 if C == "auto" else C, random_state=seed, max_iter=10000))
+    svm = make_pipeline(StandardScaler(), LinearSVC(C=1e-3 if C == "auto" else C, dual="auto", random_state=seed,
+                                                    max_iter=10000))
     if C == "auto":
-        folds = GroupKFold(min(5, len(set(groups))))
-        svm = GridSearchCV(svm, {"linearsvc__C": 10.0 ** np.arange(-5, 2)}, cv=folds).fit(x, y, groups=groups)
-        return svm.best_estimator_
+        folds = StratifiedGroupKFold(min(5, len(set(groups))))
+        svm = GridSearchCV(svm, {"linearsvc__C": 10.0 ** np.arange(-5, 1)}, cv=folds, n_jobs=jobs)
+        return svm.fit(x, y, groups=groups).best_estimator_
     return svm.fit(x, y)
 
 
-def probe(train, test, args):
-    """Train and test one set of features; train: (x, y, paths), test: (x, y); x of a failed video is NaN -> dict."""
-    (x, y, paths), (test_x, test_y) = train, test
-    read = ~np.isnan(x[:, 0])
-    groups = np.array(sources(args.dataset, paths))
-    svm = fit_svm(x[read], y[read], args.C, groups[read], args.seed)
-    right = np.zeros(len(test_y), bool)                                         # a failed video is wrong
-    scored = ~np.isnan(test_x[:, 0])
-    right[scored] = svm.predict(test_x[scored]) == test_y[scored]
-    return dict(top1=right.mean(), C=svm[-1].C,
-                per_class={int(k): right[test_y == k].mean() for k in np.unique(test_y)})
+def probe(train, test, name, args):
+    """Train on one part's features from the network `name` and test on the other's; train, test: see common.extract.
+
+    -> dict: top1, per_class {class name: share right}, C. A test video that failed is wrong.
+    """
+    (x, y, read), (test_x, test_y, test_read) = (
+        (x[name], np.array(split.labels), np.array([path not in failed for path in split.paths]))
+        for split, x, failed in (train, test))
+    groups = np.array(sources(args.dataset, train[0].paths))
+    svm = fit_svm(x[read], y[read], args.C, groups[read], args.seed, max(1, args.workers))
+    right = np.zeros(len(test_y), bool)
+    right[test_read] = svm.predict(test_x[test_read]) == test_y[test_read]
+    return dict(top1=float(right.mean()), C=float(svm[-1].C),
+                per_class={test[0].classes[k]: float(right[test_y == k].mean()) for k in np.unique(test_y)})
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, _, device = init_distributed()
     network = load_for_judging(args)
-    networks = {name: net.to(device) for name, net in random_beside(network, args).items()}
-    parts = [(number, *(extract(networks, args, number, part, device) for part in ("train", "test")))
-             for number in args.split]
+    networks = random_beside(network, args, device)
+    splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
+    for (train, _), (test, _) in splits:
+        check_parts(train, test)
+    splits = [[extract(networks, args, *part, device) for part in parts] for parts in splits]
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
         return
 
     results = []
-    for number, (train, train_x, train_failed), (test, test_x, test_failed) in parts:
-        if not train.classes:
-            raise ValueError(f"{train.title} has no labels, which a linear probe needs")
-        y, test_y = np.array(train.labels), np.array(test.labels)
-        results.append(dict(
-            split=number, train=judged(train, train_failed), test=judged(test, test_failed),
-            chance=np.bincount(test_y).max() / len(test_y),                     # always the most frequent class
-            **{name: probe((train_x[name], y, train.paths), (test_x[name], test_y), args) for name in networks}))
+    for number, (train, test) in zip(args.split, splits):
+        results.append(dict(split=number, train=judged(*train), test=judged(*test), chance=most_frequent(test[0]),
+                            **{name: probe(train, test, name, args) for name in networks}))
     top1 = {name: float(np.mean([result[name]["top1"] for result in results])) for name in networks}
     chance = float(np.mean([result["chance"] for result in results]))
-    file = write_result(args, f"linear_probe-{args.dataset}", network, top1=top1, chance=chance, splits=results)
+    file = write_result(args, f"linear_probe-{args.dataset}", network,
+                        "mean and standard deviation of the training set", top1=top1, chance=chance, splits=results)
+    for result in results:
+        print(told(result["train"], "left out"), told(result["test"], "count as wrong"), sep="\n")
     print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: "
           f"{in_words(top1, chance)} ({file})")
 

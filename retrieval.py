@@ -5,186 +5,226 @@
     python retrieval.py --checkpoint BACKBONE --gallery MY_VIDEOS --query OTHER_VIDEOS --features found.npz
 
 Cosine similarity; queries are the test videos, the gallery is the training set (Sec. 4.2). R@k is the share of queries
-with a video of the same class among the k nearest; 1-NN accuracy is R@1. Writes OUT/retrieval-DATASET.json.
+with a video of the same class among the k nearest; 1-NN accuracy is R@1. A query that cannot be read counts as wrong.
+Writes OUT/retrieval-DATASET.json; with folders of one's own videos, in class folders or not, it names the nearest
+videos of each query. A query's own file is not its neighbour: --gallery and --query may be one folder.
 """
 import os
 import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 
-from common import (checked, extract, in_words, init_distributed, judged, load_for_judging, random_beside, run,
-                    shared_parser, write_result)
-from data import VideoError, count_frames, decode
+from common import (checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging, on_first,
+                    random_beside, run, shared_parser, told, write_result)
+from data import VideoError, count_frames, decode, unreadable
+
+PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
 
 
 def parse_args(argv=None):
-    parser, _ = shared_parser(__doc__, sys.argv[1:] if argv is None else argv, judging="centre")
+    argv = sys.argv[1:] if argv is None else argv
+    parser, _ = shared_parser(__doc__, argv, judging="centre")
     group = parser.add_argument_group("retrieval")
     group.add_argument("--gallery", default="train", help="train, test, or a folder of videos to search in (Table 3)")
     group.add_argument("--query", default="test", help="train, test, or a folder of videos to search for (Table 3)")
     group.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="the k of R@k (Table 3)")
-    group.add_argument("--features", metavar="FILE.npz", help="write features, paths and classes of both here")
+    group.add_argument("--features", metavar="FILE.npz", help="write features, paths, classes and neighbours here")
     group.add_argument("--picture", metavar="FILE.png", help="draw queries and their nearest videos here")
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    folders = not PARTS & {known.gallery, known.query}
+    if folders:
+        parser.set_defaults(data=known.gallery)
     args = checked(parser, argv)
     if min(args.k) < 1:
         parser.error(f"--k must be at least 1, but is {min(args.k)}")
-    args.k = sorted(set(args.k))
+    args.k, args.dataset = sorted(set(args.k)), "folder" if folders else args.dataset
     return args
 
 
 def standardise(gallery, query):
     """Sec. 3.4: "standardizing the result based on training set statistics", here the gallery's; then unit length.
 
-    gallery: (G, D), query: (Q, D) float tensors -> the same shapes; their inner products are cosines.
+    gallery: (G, D), query: (Q, D) float32 -> float64 of the same shapes; their inner products are cosines.
     """
-    mean, std = gallery.mean(0), gallery.std(0, correction=0)
-    std = torch.where(std > 0, std, 1)
-    return F.normalize((gallery - mean) / std, dim=1), F.normalize((query - mean) / std, dim=1)
+    std, mean = (x.double() for x in torch.std_mean(gallery, 0, correction=0))
+    std[std == 0] = 1
+    both = [(x - mean).div_(std) for x in (gallery, query)]
+    return [x.div_(x.norm(dim=1, keepdim=True).clamp(min=1e-12)) for x in both]
 
 
-def search(gallery, query, gallery_ids, query_ids, k, chunk=256):
-    """Exact search by cosine, `chunk` queries at a time: memory grows with the gallery, not with queries x gallery.
+def search(gallery, query, gallery_ids, query_ids, k, cosines=2 ** 24):
+    """Exact search, `cosines` at a time: beside gallery and query, memory grows with neither.
 
     gallery: (G, D), query: (Q, D), unit rows; gallery_ids: (2, G), query_ids: (2, Q) ints, class (-1: none) and video.
     A query's own video is no neighbour. Of equally near videos the one that comes first in the gallery is nearer.
-    -> rank (Q,): how many videos are nearer than the first one of the query's class (G if there is none);
-       nearest (Q, k): the numbers of the k nearest.
+    -> ranks (Q,): how many videos are nearer than the nearest of the query's class (the largest int if there is none);
+       nearest (Q, k): the numbers of the k nearest, -1 where no video is left; their cosines (Q, k).
     """
-    ranks, nearest, place = [], [], torch.arange(len(gallery), device=gallery.device)
-    for rows in torch.arange(len(query), device=query.device).split(chunk):
+    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    found, place = [], torch.arange(len(gallery), device=gallery.device)
+    for rows in torch.arange(len(query), device=query.device).split(max(1, cosines // len(gallery))):
         label, video = query_ids[:, rows, None]                                 # (c, 1) each
-        sim = query[rows] @ gallery.T                                           # (c, G)
-        sim = sim.masked_fill(video == gallery_ids[1], -torch.inf)
-        right = (label == gallery_ids[0]) & (label >= 0) & (sim > -torch.inf)   # (c, G)
-        best = sim.masked_fill(~right, -torch.inf).amax(1, keepdim=True)        # (c, 1)
-        first = (right & (sim == best)).int().argmax(1, keepdim=True)           # (c, 1)  in the gallery's order
-        rank = ((sim > best) | (sim == best) & (place < first)).sum(1)          # (c,)
-        ranks.append(torch.where(right.any(1), rank, len(gallery)))
-        nearest.append(sim.topk(k).indices)
-    return torch.cat(ranks).cpu(), torch.cat(nearest).cpu()
+        cosine = query[rows] @ gallery.T                                        # (c, G)
+        key = (cosine * 2 ** 30).round().long() * 2 ** 32 - place               # (c, G)  no two of a row are equal
+        key[video == gallery_ids[1]] = least
+        right = (label == gallery_ids[0]) & (label >= 0) & (key > least)        # (c, G)
+        best = key.masked_fill(~right, least).amax(1, keepdim=True)             # (c, 1)
+        ranks = (key > best).sum(1).masked_fill(~right.any(1), most)            # (c,)
+        top = key.topk(k)                                                       # (c, k)
+        found.append((ranks, top.indices.masked_fill(top.values == least, -1), cosine.gather(1, top.indices)))
+    return [torch.cat(parts).cpu() for parts in zip(*found)]
 
 
 def recall(ranks, expected, k):
-    """R@k (Table 3): the share of `expected` queries whose first right video has fewer than k before it."""
+    """R@k (Table 3): the share of `expected` queries whose nearest right video has fewer than k before it."""
     return float((ranks < k).sum() / expected)
 
 
-def chance_recall(gallery_class, query_class, k):
-    """R@k of a random order: 1 - C(G - n, k) / C(G, k), where n of G videos are of the query's class; the mean."""
-    G, n = len(gallery_class), (query_class[:, None] == gallery_class).sum(1)   # (Q,)
-    miss = np.prod([(G - n - j).clip(0) / (G - j) for j in range(k)], axis=0)
-    return float(np.mean(1 - miss))
+def chance_recall(gallery_ids, query_ids, expected, k):
+    """R@k of a random order: 1 - C(G - n, k) / C(G, k), where n of a query's G possible neighbours are of its class."""
+    classes, videos, both = Counter(gallery_ids[0]), Counter(gallery_ids[1]), Counter(zip(*gallery_ids))
+    G = np.array([len(gallery_ids[1]) - videos[v] for v in query_ids[1]])       # (Q,)  its own video is not one of them
+    n = np.array([classes[c] - both[c, v] for c, v in zip(*query_ids)])         # (Q,)
+    miss = np.prod([np.where(j < G, (G - n - j).clip(0) / (G - j).clip(1), 1) for j in range(k)], axis=0)
+    return float((1 - miss).sum() / expected)
 
 
-def judge(gallery, query, networks, args, device):
-    """R@k of each network, and what the first one finds; gallery, query: (Split, {network: features}, failed).
+class Video(NamedTuple):
+    path: str                                                                   # its name in the data set
+    file: str                                                                   # where it is
+    name: str                                                                   # of its class, None without
 
-    -> dict for the result file, nearest (Q', k), lists of (file, class) of the queries and the gallery that were read.
+
+def only_read(split, x, failed):
+    """What common.extract gives, of the videos that could be read alone -> list of Video, {network: (N, D)}."""
+    read = [path not in failed for path in split.paths]
+    names = [None if label is None else split.classes[label] for label in split.labels]
+    return ([Video(path, str(split.found[path]), name) for path, name, ok in zip(split.paths, names, read) if ok],
+            {network: features[read] for network, features in x.items()})
+
+
+def judge(gallery, query, expected, ks, device):
+    """R@k, expected of a random order too, and what the first network finds; gallery, query: see only_read.
+
+    -> {network or "chance": {"R@k": share}}, empty without classes, nearest and cosines (Q, k): see search.
     """
-    sides = []
-    for split, x, failed in (gallery, query):
-        read = np.array([path not in failed for path in split.paths])
-        files = [str(split.found[path]) for path in split.paths if path not in failed]
-        names = [label if label is None else split.classes[label] for label in split.labels]
-        sides.append((read, files, [name for name, ok in zip(names, read) if ok]))
-    (g_read, g_files, g_names), (q_read, q_files, q_names) = sides
-    if max(args.k) > len(g_files):
-        raise ValueError(f"--k {max(args.k)} is larger than the gallery, {gallery[0].title}: {len(g_files)} videos")
-    class_id = {name: n for n, name in enumerate(dict.fromkeys(g_names + q_names))} | {None: -1}
-    video_id = {file: n for n, file in enumerate(dict.fromkeys(map(os.path.realpath, g_files + q_files)))}
-    g_ids, q_ids = (np.array([[class_id[name] for name in names], [video_id[os.path.realpath(file)] for file in files]])
-                    for files, names in ((g_files, g_names), (q_files, q_names)))
-    result = dict(gallery=judged(gallery[0], gallery[2]), query=judged(query[0], query[2]))
-    found = None
-    for name in networks:
-        g, q = standardise(*(torch.tensor(x[name][read], device=device) for x, read in
-                             ((gallery[1], g_read), (query[1], q_read))))
-        ranks, nearest = search(g, q, *(torch.tensor(ids, device=device) for ids in (g_ids, q_ids)), max(args.k))
-        found = nearest if found is None else found
-        if (q_ids[0] >= 0).any():
-            result[name] = {f"R@{k}": recall(ranks, len(query[0].paths), k) for k in args.k}
-    result["chance"] = {f"R@{k}": chance_recall(g_ids[0], q_ids[0], k) for k in args.k}
-    return result, found, list(zip(q_files, q_names)), list(zip(g_files, g_names))
+    classes, files = {None: -1}, {}                                             # -> numbers
+    ids = [np.array([[classes.setdefault(video.name, len(classes)) for video in videos],
+                     [files.setdefault(os.path.realpath(video.file), len(files)) for video in videos]])
+           for videos, _ in (gallery, query)]                                   # (2, G), (2, Q)
+    shares, found = {}, []
+    for name in gallery[1]:
+        features = standardise(*(torch.tensor(x[name], device=device) for _, x in (gallery, query)))
+        ranks, *nearest = search(*features, *(torch.tensor(numbers, device=device) for numbers in ids),
+                                 k=min(max(*ks, COLUMNS), len(gallery[0])))
+        found = found or nearest
+        shares[name] = {f"R@{k}": recall(ranks, expected, k) for k in ks}
+    shares["chance"] = {f"R@{k}": chance_recall(*ids, expected, k) for k in ks}
+    return {} if None in (video.name for videos, _ in (gallery, query) for video in videos) else shares, *found
 
 
-def picture(file, query, gallery, nearest, rows=10, columns=6, cell=160):
+def save_features(file, gallery, query, nearest, cosines):
+    """FILE.npz: of gallery and query features (N, D) of F before standardising, paths and classes ("" without);
+    for each query the rows of the nearest gallery videos (-1: no more) and their cosines, (Q, k)."""
+    arrays = dict(nearest=nearest.numpy(), cosines=cosines.numpy())
+    for side, (videos, x) in (("gallery", gallery), ("query", query)):
+        arrays |= {f"{side}_features": next(iter(x.values())), f"{side}_paths": np.array([v.path for v in videos]),
+                   f"{side}_classes": np.array([v.name or "" for v in videos])}
+    np.savez(file, **arrays)
+
+
+COLUMNS, CELL = 6, 160                                                          # of a contact sheet; pixels
+
+
+def picture(file, gallery, query, nearest, rows=10):
     """A contact sheet: a row a query, its middle frame first, then those of its nearest videos.
 
-    query, gallery: lists of (file, class name or None); nearest: (Q, k). A right neighbour has a plain green frame
-    and a "+" before its class, a wrong one a red frame, crossed out, and a "-": colour alone says nothing.
+    gallery, query: lists of Video; nearest: (Q, k). A right neighbour has a plain green frame and a "+" before its
+    class, a wrong one a red frame, crossed out, and a "-": colour alone says nothing.
     """
-    chosen = np.unique(np.linspace(0, len(query) - 1, min(rows, len(query))).round().astype(int))
     sheet = []
-    for q in chosen:
-        row = [thumbnail(*query[q], "query", cell)]
-        for g in nearest[q][:columns - 1].tolist():
-            path, name = gallery[g]
-            verdict = None if name is None or query[q][1] is None else name == query[q][1]
-            row.append(thumbnail(path, name, verdict, cell))
-        blank = torch.full((3, cell + 20, cell), 255, dtype=torch.uint8)
-        sheet.append(torch.cat(row + [blank] * (columns - len(row)), dim=2))
+    for q in np.unique(np.linspace(0, len(query) - 1, min(rows, len(query))).round().astype(int)):
+        row = [thumbnail(query[q], "query")]
+        for video in (gallery[g] for g in nearest[q][:COLUMNS - 1].tolist() if g >= 0):
+            row.append(thumbnail(video, None if None in (video.name, query[q].name) else video.name == query[q].name))
+        blank = torch.full_like(row[0], 255)
+        sheet.append(torch.cat(row + [blank] * (COLUMNS - len(row)), dim=2))
     write_png(torch.cat(sheet, dim=1), str(file))
 
 
-def thumbnail(path, name, verdict, cell):
-    """The middle frame of a video, cell x cell, with its frame and its class -> uint8 (3, cell + 20, cell)."""
+def thumbnail(video, verdict):
+    """The middle frame of a video with its frame and its class, without one its name -> uint8 (3, CELL + 20, CELL)."""
     try:
-        image = TF.center_crop(decode(path, [count_frames(path)[0] // 2], cell)[0], cell)
+        image = TF.center_crop(decode(video.file, [count_frames(video.file)[0] // 2], CELL)[0], CELL)
     except VideoError:
-        image = torch.zeros(3, cell, cell, dtype=torch.uint8)
+        image = torch.zeros(3, CELL, CELL, dtype=torch.uint8)
     colour = {"query": (60, 60, 200), True: (0, 140, 60), False: (200, 40, 40), None: (120, 120, 120)}[verdict]
     if verdict is False:                                                        # crossed out
-        step = torch.arange(cell)
+        step = torch.arange(CELL)
         for shift in (-1, 0, 1):
-            image[:, step, (step + shift).clamp(0, cell - 1)] = torch.tensor(colour, dtype=torch.uint8)[:, None]
-    image = torch.nn.functional.pad(image, (0, 0, 0, 20), value=255)
-    image = draw_bounding_boxes(image, torch.tensor([[0, 0, cell - 1, cell - 1]]), colors=[colour], width=5)
-    sign = {"query": "? ", True: "+ ", False: "- ", None: ""}[verdict]
-    return draw_bounding_boxes(image, torch.tensor([[0, cell, cell - 1, cell + 19]]), [sign + (name or "")],
-                               colors=[(255, 255, 255)], label_colors=[colour], fill=True)
+            image[:, step, (step + shift).clamp(0, CELL - 1)] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+    image = TF.pad(image, [0, 0, 0, 20], fill=255)
+    image = draw_bounding_boxes(image, torch.tensor([[0, 0, CELL - 1, CELL - 1]]), colors=[colour], width=5)
+    text = {"query": "? ", True: "+ ", False: "- ", None: ""}[verdict] + (video.name or Path(video.path).stem)
+    return draw_bounding_boxes(image, torch.tensor([[0, CELL, CELL - 1, CELL + 19]]), [text], fill=True,
+                               colors=[(255, 255, 255)], label_colors=[colour])
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, _, device = init_distributed()
     network = load_for_judging(args)
-    networks = {name: net.to(device) for name, net in random_beside(network, args).items()}
-    parts = [(number, *(extract(networks, args, number, part, device) for part in (args.gallery, args.query)))
-             for number in args.split]
+    networks = random_beside(network, args, device)
+    splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
+              for number in args.split]
+    for (gallery, index), _ in splits:
+        videos = len(gallery.paths) - len(unreadable(gallery, index))
+        if args.k[-1] > videos:
+            raise ValueError(f"--k {args.k[-1]} is larger than the gallery, {gallery.title}: {videos} videos")
+    splits = [[extract(networks, args, *part, device) for part in parts] for parts in splits]
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
         return
 
-    results = []
-    for number, gallery, query in parts:
-        result, nearest, queries, found = judge(gallery, query, networks, args, device)
-        results.append(dict(split=number, **result))
-        if number == args.split[0] and args.picture:
-            picture(args.picture, queries, found, nearest)
-        if number == args.split[0] and args.features:
-            save_features(args.features, gallery, query)
-    mean = {name: {k: float(np.mean([result[name][k] for result in results])) for k in results[0][name]}
-            for name in (*networks, "chance") if name in results[0]}
-    file = write_result(args, f"retrieval-{args.dataset}", network, recall=mean, splits=results)
-    print(f"{results[0]['query']['title']} in {results[0]['gallery']['title']} ({file})")
-    for k in mean["chance"]:
-        if len(mean) > 1:
-            print(f"  {k}: {in_words({name: mean[name][k] for name in networks}, mean['chance'][k])}")
+    results, first = [], None
+    for number, parts in zip(args.split, splits):
+        gallery, query = (only_read(*part) for part in parts)
+        shares, nearest, cosines = judge(gallery, query, len(parts[1][0].paths), args.k, device)
+        results.append(dict(split=number, gallery=judged(*parts[0]), query=judged(*parts[1]), recall=shares))
+        first = first or (gallery, query, nearest, cosines)
+    gallery, query, nearest, cosines = first
+    if args.dataset == "folder" or not {args.gallery, args.query} <= PARTS:
+        results[0]["neighbours"] = {
+            video.path: {gallery[0][g].path: round(cosine, 4) for g, cosine in zip(row, near) if g >= 0}
+            for video, row, near in zip(query[0], nearest[:, :args.k[-1]].tolist(), cosines.tolist())}
+    mean = {name: {k: float(np.mean([result["recall"][name][k] for result in results])) for k in share}
+            for name, share in results[0]["recall"].items()}
+    file = write_result(args, f"retrieval-{args.dataset}", network, "mean and standard deviation of the gallery",
+                        recall=mean, splits=results)
 
-
-def save_features(file, gallery, query):
-    """FILE.npz: features (N, D) of F, before standardising, NaN where a video failed; paths, classes ("" if none)."""
-    np.savez(file, **{f"{side}_{what}": value for side, (split, x, _) in (("gallery", gallery), ("query", query))
-                      for what, value in dict(
-                          features=next(iter(x.values())), paths=np.array(split.paths),
-                          classes=np.array(["" if c is None else split.classes[c] for c in split.labels])).items()})
+    for result in results:
+        print(told(result["gallery"], "left out"),
+              told(result["query"], "count as wrong" if mean else "left out"), sep="\n")
+    print(f"nearest of {results[0]['gallery']['title']} to {results[0]['query']['title']}, split "
+          f"{' '.join(map(str, args.split))}{'' if mean else ': no classes, so no R@k'} ({file})")
+    for k in mean.get("chance", ()):
+        figures = in_words({name: mean[name][k] for name in networks}, mean["chance"][k])
+        print(f"  {k}{' = 1-NN accuracy' if k == 'R@1' else ''}: {figures}")
+    for name in filter(None, (args.features, args.picture)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+    if args.features:
+        save_features(args.features, gallery, query, nearest, cosines)
+    if args.picture:
+        picture(args.picture, gallery[0], query[0], nearest)
 
 
 if __name__ == "__main__":

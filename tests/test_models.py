@@ -208,6 +208,7 @@ def test_heads_have_the_depth_and_width_of_section_3_4():
     kinds = {name: " ".join(type(m).__name__ for m in head) for name, head in net.heads.items()}
     assert kinds["phi"] == kinds["psi"] == "Linear BatchNorm1d ReLU Linear BatchNorm1d ReLU Linear"
     assert kinds["speed"] == kinds["direction"] == kinds["order"] == "Linear ReLU Linear"
+    assert all([m.bias is None for m in net.heads[name][::3]] == [True, True, False] for name in ("phi", "psi"))
 
 
 @pytest.mark.parametrize("row", TABLE_1)
