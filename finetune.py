@@ -103,18 +103,18 @@ def train(network, split, index, args, out, rank, world, device):
 def test(network, split, index, args, device):
     """Sec. 3.4: the class of highest probability, averaged over windows and crops; a failed video is wrong -> dict."""
     if dist.is_initialized():
-        for buffer in network.buffers():                                        # BatchNorm's differ, the first's are saved
+        for buffer in network.buffers():                                        # BatchNorm's; the first process saves
             dist.broadcast(buffer, 0)
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
     network.eval()
     scores, failed = average_crops(network, windows, args.size, args.crops, device, args.amp, args.workers,
                                    softmax=True, title=split.title)
-    labels = torch.tensor(split.labels)
-    right = scores.nan_to_num(-1).argmax(1) == labels                           # (V,)
+    labels = np.array(split.labels)
+    right = scores.argmax(1).numpy() == labels                                  # (V,)
     right[list(failed)] = False
     return dict(test=judged(split, None, {split.paths[v]: problem for v, problem in failed.items()}),
-                top1=right.double().mean().item(), chance=most_frequent(split),
-                per_class={split.classes[k]: right[labels == k].double().mean().item() for k in sorted(set(split.labels))})
+                top1=float(right.mean()), chance=most_frequent(split),
+                per_class={split.classes[k]: float(right[labels == k].mean()) for k in np.unique(labels)})
 
 
 def random_result(args, name):

@@ -1,25 +1,17 @@
 """pretrain.py from video files to checkpoint: what it learns, what it writes, how it goes on."""
 import json
+import subprocess
+import sys
 
-import av
 import numpy as np
 import pytest
 import torch
 
 import common
 import pretrain
-
-
-def write_video(file, frames):
-    """uint8 (N, H, W, 3) -> an MPEG-4 AVI of very high quality."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"}, bit_rate=10**7)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
-        container.mux(stream.encode())
+from conftest import ROOT
+from data import write_video
+from models import load_backbone
 
 
 def ramp(rng, n=120, side=32):
@@ -49,15 +41,118 @@ def pretrain_on(data, out, *flags):
 AUX = ("--losses", "speed", "direction", "order", "--epochs", "50", "--lr", "3e-3", "--warmup-epochs", "5")
 
 
+def mean_of_last(lines, count=5):
+    return {name: np.mean([line[name] for line in lines[-count:]]) for name in lines[-1]}
+
+
 def test_trivial_speed_direction_and_order_are_learned_within_a_minute(ramps, tmp_path):
-    last = pretrain_on(ramps / "ordered", tmp_path, *AUX)[-5:]
-    score = {name: np.mean([line[name] for line in last]) for name in last[0]}
-    print(score)
-    assert score["speed_acc"] > 0.7 and score["direction_acc"] > 0.95 and score["order_acc"] > 0.8
+    score = mean_of_last(pretrain_on(ramps / "ordered", tmp_path, *AUX))
+    assert score["speed_acc"] > 0.55 and score["direction_acc"] > 0.9
+    assert score["order_acc"] > score["order_chance"] + 0.1
 
 
 def test_shuffled_videos_bring_speed_and_direction_to_chance(ramps, tmp_path):
-    last = pretrain_on(ramps / "shuffled", tmp_path, *AUX)[-5:]
-    score = {name: np.mean([line[name] for line in last]) for name in last[0]}
-    print(score)
+    score = mean_of_last(pretrain_on(ramps / "shuffled", tmp_path, *AUX))
     assert score["speed_acc"] < 0.35 and score["direction_acc"] < 0.6
+
+
+def test_the_log_has_each_term_each_accuracy_beside_chance_and_the_costs(ramps, tmp_path):
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--log-every", "2")[-1]
+    terms = [line[name] for name in ("inst", "equi", "speed", "direction", "order")]
+    assert line["loss"] == pytest.approx(sum(terms), rel=1e-4)                  # Table 1: plain sums
+    for name in ("phi_nearest", "psi_nearest"):
+        assert 0 <= line[name] <= 1
+    assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)                # one other clip among 2 * 12 - 1
+    assert line["psi_chance"] == pytest.approx(1 / 11, rel=0.2)                 # one partner among 12 - 1, or by chance more
+    for task, classes in dict(speed=4, direction=2, order=3).items():
+        assert 1 / classes <= line[f"{task}_chance"] <= 1 and 0 <= line[f"{task}_acc"] <= 1
+    for name in ("step", "epoch", "lr", "clips_per_s", "peak_memory_gb"):
+        assert line[name] > 0
+    assert 0 <= line["waiting_for_data"] <= 1 and line["left_s"] == 0 and line["replaced"] == 0
+
+
+def test_only_the_chosen_terms_are_summed(ramps, tmp_path):
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--losses", "equi", "speed")[-1]
+    assert line["loss"] == pytest.approx(line["equi"] + line["speed"], rel=1e-4)
+    assert not {"inst", "direction", "order", "phi_nearest"} & line.keys()
+
+
+SHORT = ("--epochs", "2", "--seed", "3", "--log-every", "1", "--lr", "1e-3")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(ramps, tmp_path, monkeypatch):
+    whole = pretrain_on(ramps / "ordered", tmp_path / "whole", *SHORT)
+
+    def save_and_die(*args, **kwargs):
+        common.save(*args, **kwargs)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pretrain, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_on(ramps / "ordered", tmp_path / "cut", *SHORT)
+    monkeypatch.undo()
+    resumed = pretrain_on(ramps / "ordered", tmp_path / "cut", *SHORT)
+
+    a, b = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "cut"))
+    assert a["step"] == b["step"] == len(whole) == len(resumed) == 8
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert [line["loss"] for line in whole] == [line["loss"] for line in resumed]
+
+
+def test_a_checkpoint_of_other_arguments_is_not_continued(ramps, tmp_path):
+    pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1")
+    with pytest.raises(ValueError, match="holds another run's checkpoint .*lam 0.1 -> 0.2"):
+        pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--lam", "0.2")
+
+
+def test_backbone_pt_is_the_checkpoints_backbone_and_loads(ramps, tmp_path):
+    pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1")
+    model = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    net = load_backbone(tmp_path / "backbone.pt")
+    assert net.arch == "r3d18_narrow" and net.args["size"] == 16
+    assert all(torch.equal(value, model[f"backbone.{name}"]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("size, said", [("13", "multiple of 2"), ("100", "larger than the 48 usable videos")])
+def test_a_batch_size_that_cannot_be_is_refused_with_the_reason(ramps, tmp_path, size, said):
+    with pytest.raises(ValueError, match=said):
+        pretrain_on(ramps / "ordered", tmp_path, "--batch-size", size)
+
+
+@pytest.mark.parametrize("dataset, arch, expected", [                           # Sec. 3.4, 4.1, 4.2, Table 2
+    ("ucf101", "r3d18", dict(epochs=400, batch_size=192, frames=16, size=128, lr=3e-4, weight_decay=1e-4)),
+    ("kinetics400", "r3d18", dict(epochs=200, batch_size=512, frames=16, size=128)),
+    ("kinetics400", "s3dg", dict(epochs=200, batch_size=256, frames=32, size=128)),
+    ("kinetics400", "r2plus1d18", dict(epochs=200, batch_size=192, frames=16, size=112)),
+    ("diving48", "r2plus1d18", dict(epochs=400, batch_size=192, frames=16, size=112))])
+def test_flags_not_given_take_the_papers_values(dataset, arch, expected):
+    args = pretrain.parse_args(["--dataset", dataset, "--arch", arch, "--data", "somewhere"])
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.lam == 0.1 and args.speeds == [1, 2, 4, 8] and args.losses == ["inst", "equi", "speed", "direction", "order"]
+
+
+def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    schedule, rates = common.warmup_cosine(optimizer, 10, 110), []
+    for _ in range(110):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert np.allclose(np.diff(rates[:11]), 3e-4 / 11)                          # linear, from above 0 ...
+    assert max(rates) == rates[10] == pytest.approx(3e-4)                       # ... to the peak
+    assert np.allclose(rates[10:], 1.5e-4 * (1 + np.cos(np.pi * np.arange(100) / 100)))
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("which, processes", [("ucf_original", 1), ("ucf8_128", 2)])
+def test_the_command_line_trains_on_real_ucf101_files(shared, tmp_path, which, processes):
+    root = shared / "videos" / which
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = (command if processes > 1 else [sys.executable]) + [
+        str(ROOT / "pretrain.py"), "--dataset", "ucf101", "--data", str(root / "UCF-101"), "--annotations",
+        str(root / "ucfTrainTestlist"), "--arch", "r3d18_narrow", "--size", "32", "--frames", "8", "--epochs", "1",
+        "--batch-size", "40" if which == "ucf_original" else "372", "--workers", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == 1 and np.isfinite(lines[-1]["loss"])
+    assert load_backbone(tmp_path / "backbone.pt").dim == 128
