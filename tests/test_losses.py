@@ -331,7 +331,15 @@ def test_each_function_works_cut_out_together_with_d(loss, ids):
     assert torch.equal(elsewhere[loss.__name__](features(), *ids), loss(features(), *ids))
 
 
-# ---- Several processes ----
+# ---- The objective of pretrain.py, on one process and on several ----
+
+def test_the_objective_takes_eq_1_of_the_pairs_and_eq_3_of_the_clips():
+    out = {"psi": features(4), "phi": features(8).unflatten(0, (4, 2))}
+    batch = {"video": torch.tensor([5, 2, 7, 9]), "pq": torch.tensor([1, 0, 0, 1])}
+    terms, _ = objective(out, batch, gather_keys(out, batch), lam=0.3)
+    close(terms["equi"], eq1(out["psi"], [5, 2, 7, 9], [1, 0, 0, 1], 0.3))
+    close(terms["inst"], eq3([*out["phi"][:, 0], *out["phi"][:, 1]], [5, 2, 7, 9] * 2, [0] * 4 + [1] * 4, 0.3))
+
 
 GROUPED = 0, 0, 1, 1, 2, 2, 1, 1            # each group on one process; of the four 1s, two on another process, by chance
 SPLIT = 0, 1, 2, 1, 0, 1, 2, 1              # with two and with four processes, every positive of 0 and 2 is on another
