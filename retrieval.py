@@ -56,7 +56,7 @@ def standardise(gallery, query):
     """
     std, mean = (x.double() for x in torch.std_mean(gallery, 0, correction=0))
     std[std == 0] = 1
-    both = [(x - mean).div_(std) for x in (gallery, query)]
+    both = [x.double().sub_(mean).div_(std) for x in (gallery, query)]
     return [x.div_(x.norm(dim=1, keepdim=True).clamp(min=1e-12)) for x in both]
 
 
@@ -85,7 +85,7 @@ def search(gallery, query, gallery_ids, query_ids, k, cosines=2 ** 24):
 
 def recall(ranks, expected, k):
     """R@k (Table 3): the share of `expected` queries whose nearest right video has fewer than k before it."""
-    return float((ranks < k).sum() / expected)
+    return int((ranks < k).sum()) / expected
 
 
 def chance_recall(gallery_ids, query_ids, expected, k):
