@@ -93,7 +93,8 @@ def checked(parser, argv):
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
-    least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1)
+    least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
+                 accumulate=1, knn_every=0)
     for name, value in vars(args).items():
         if name in least and value is not None and not value >= least[name]:
             parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, but is {value}")
@@ -172,7 +173,11 @@ def warmup_cosine(optimizer, warmup, steps):
 def save_checkpoint(path, **state):
     """Write beside, then rename, keeping the checkpoint before: at any moment a whole one is on disk."""
     beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
+    try:
+        torch.save(state, beside)
+    except (OSError, RuntimeError) as error:                                    # a full disk is a RuntimeError to torch
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} (disk full?): {error}; the checkpoint before it, if any, is whole") from None
     if path.exists():
         path.replace(path.with_suffix(".previous.pt"))
     beside.replace(path)
@@ -203,7 +208,12 @@ def resume(out, args, world, **parts):
 
 
 def save(out, args, world, step, **parts):
-    """OUT/checkpoint.pt: everything that `resume` needs to go on as if nothing had happened."""
+    """OUT/checkpoint.pt: everything that `resume` needs to go on as if nothing had happened.
+
+    ValueError, and the last good checkpoint stays: a weight is not finite.
+    """
+    if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
+        raise ValueError(f"step {step}: a weight is not finite; {out / 'checkpoint.pt'}, if there, is from before")
     save_checkpoint(out / "checkpoint.pt", step=step, args=vars(args), world=world, rng=torch.get_rng_state(),
                     **{name: part.state_dict() for name, part in parts.items()})
 

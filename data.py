@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -596,7 +597,13 @@ def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
             for step in range(first, last))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-        timeout=10 * PATIENCE if workers else 0)
+        timeout=10 * PATIENCE if workers else 0, worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    """Schedulers send SIGTERM and SIGUSR1 to every process; the training process alone decides what follows."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------- clips for judging (Sec. 3.4, 4)

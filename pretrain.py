@@ -5,6 +5,8 @@
 
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +38,8 @@ def parse_args(argv=None):
     group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
     group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut a process's batch into N parts, with "
+                       "the gradient of the whole (Eq. 2: none reaches the keys)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
@@ -113,14 +117,34 @@ def nearest(x, y, candidate, match):
     return hit.float().mean(), ((match & candidate).sum(1) / candidate.sum(1)).mean()
 
 
+def split_batch(batch, n):
+    """n equal parts of a batch, along the videos -> list of dicts."""
+    parts = {name: value.chunk(n) for name, value in batch.items()}
+    return [{name: part[k] for name, part in parts.items()} for k in range(n)]
+
+
+def augmented(batch):
+    """The network's input, with the colour part of σ: uint8 (B, 2, T, 3, H, W) -> float32 (B, 2, 3, T, H, W)."""
+    return colour(batch["clips"].flatten(0, 1), batch["seed"].flatten().tolist()).unflatten(0, (-1, 2))
+
+
+def finite_sum(terms):
+    """Table 1: the terms are plain sums. ValueError: the sum is not finite, term by term."""
+    loss = sum(terms.values())
+    if not loss.isfinite():
+        raise ValueError("the loss is not finite: " + ", ".join(f"{k} {term.item():.4g}" for k, term in terms.items()))
+    return loss
+
+
 def main(argv=None):
     args = parse_args(argv)
 
     # Distributed
     rank, world, device = init_distributed()
-    if args.batch_size % (2 * world):
-        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
-                         f"process(es): give a multiple of {2 * world}")
+    unit = 2 * world * args.accumulate
+    if args.batch_size % unit:
+        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} process(es)"
+                         f" in {args.accumulate} part(s): give a multiple of {unit}")
     torch.manual_seed(args.seed)
 
     # Data
@@ -133,6 +157,8 @@ def main(argv=None):
 
     # Model and optimiser
     model = TimeEquivariant(args.arch, args.losses, len(args.speeds)).to(device, memory_format=torch.channels_last_3d)
+    if args.sync_bn and device.type == "cpu":
+        raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
     if args.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay,
@@ -158,22 +184,37 @@ def main(argv=None):
     progress = Progress(out, step, steps, steps_an_epoch, 2 * args.batch_size, args.log_every, device)
     while step < steps:
         batch = progress.wait_for(batches)
-        seeds = batch.pop("seed").flatten().tolist()                            # (2B,) one a clip, kept off the GPU
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        clips = colour(batch.pop("clips").flatten(0, 1), seeds)                 # (2B, 3, T, H, W)
-        with autocast:
-            features = network(clips.unflatten(0, (-1, 2)))                     # (B, 2, 3, T, H, W) -> dict
-        terms, scores = objective(features, batch, gather_keys(features, batch), args.lam)
-        loss = sum(terms.values())                                              # Table 1: plain sums
+        seeds = batch.pop("seed")                                               # (B, 2), used on the CPU
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()} | dict(seed=seeds)
+        parts, keys = split_batch(batch, args.accumulate), None
+        if len(parts) > 1:                                                      # the keys of all parts come first
+            with torch.no_grad(), autocast:
+                outs = [network(augmented(part)) for part in parts]
+            keys = gather_keys({name: torch.cat([out[name] for out in outs]) for name in outs[0]}, batch)
 
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        values = {}
+        for part in parts:
+            last = part is parts[-1]                                            # DDP averages gradients once a step
+            with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+                with autocast:
+                    features = network(augmented(part))                         # (B, 2, 3, T, H, W) -> dict
+                try:
+                    terms, scores = objective(features, part, keys or gather_keys(features, part), args.lam)
+                    loss = finite_sum(terms)
+                except ValueError as error:
+                    names = ", ".join(os.fsdecode(pairs.files[v]) for v in part["video"].tolist())
+                    raise ValueError(f"step {step + 1}: {error} ({out / 'checkpoint.pt'}, if there, is from before; "
+                                     f"the videos: {names})") from None
+                scaler.scale(loss / len(parts)).backward()
+            for name, value in dict(loss=loss, **terms, **scores).items():
+                values[name] = values.get(name, 0) + value.detach() / len(parts)
         scaler.step(optimizer)
         scaler.update()
         lr = schedule.get_last_lr()[0]
         schedule.step()
         step += 1
-        leave = progress.done(step, len(paths), lr, loss=loss, **terms, **scores)
+        leave = progress.done(step, len(paths), lr, **values)
 
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
