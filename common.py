@@ -34,7 +34,7 @@ DATASETS = ("toy", "ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", 
 def paper_defaults(dataset, arch):
     """Sec. 3.4, 4.1, 4.2: what the paper trains with, by data set and backbone; for toy, what suits two CPU cores."""
     if dataset == "toy":
-        return dict(epochs=60, batch_size=24, frames=8, size=32, lr=2e-3, warmup_epochs=4)
+        return dict(epochs=40, batch_size=24, frames=8, size=24, lr=2e-3, warmup_epochs=4)
     kinetics = {"s3dg": 256, "r2plus1d18": 192}                                 # Sec. 4.2: what fits the memory
     return dict(
         epochs=200 if dataset == "kinetics400" else 400,                        # Sec. 4.2 | 4.1
@@ -177,7 +177,7 @@ def save_checkpoint(path, **state):
         torch.save(state, beside)
     except (OSError, RuntimeError) as error:                                    # a full disk is a RuntimeError to torch
         beside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} (disk full?): {error}; the checkpoint before it, if any, is whole") from None
+        raise OSError(f"cannot write {path} (disk full?): {error}; the one before it, if any, is whole") from None
     if path.exists():
         path.replace(path.with_suffix(".previous.pt"))
     beside.replace(path)
@@ -261,18 +261,31 @@ class Progress:
     Values are summed on the device; nothing synchronises until they are logged.
     """
 
-    def __init__(self, out, step, steps, steps_an_epoch, clips, log_every, device):
+    def __init__(self, out, step, steps, steps_an_epoch, clips, log_every, device, tensorboard=False):
         self.file, self.first, self.steps, self.steps_an_epoch = out / "log.jsonl", step, steps, steps_an_epoch
         self.clips, self.log_every, self.device = clips, log_every, device     # clips: of a step, over all processes
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.rank > 0)
         self.begun, self.replaced, self.new, self.signals = time.perf_counter(), set(), {}, []
+        self.board = None
+        if tensorboard and self.rank == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter               # only here: the package is optional
+            except ImportError:
+                raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+            self.board = SummaryWriter(str(out))
         for name in ("SIGTERM", "SIGUSR1"):
             signal.signal(getattr(signal, name), lambda number, _: self.signals.append(signal.Signals(number).name))
         self.restart()
 
     def restart(self):
         self.sums, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def log(self, step, **values):
+        """One line of OUT/log.jsonl, and TensorBoard's curves."""
+        log_json(self.file, step=step, epoch=step / self.steps_an_epoch, **values)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
 
     def wait_for(self, batches):
         """The next batch, and how long the network waited for it."""
@@ -309,7 +322,7 @@ class Progress:
         new = {name: problem for part, _ in news for name, problem in part.items() if name not in self.replaced}
         self.replaced |= new.keys()
         if self.rank == 0:
-            log_json(self.file, step=step, epoch=step / self.steps_an_epoch, replaced=len(self.replaced), **means)
+            self.log(step, replaced=len(self.replaced), **means)
             self.bar.set_postfix({name: f"{means[name]:.3g}" for name in means if name in values and "_" not in name
                                   or name in ("clips_per_s", "waiting_for_data")})
             for name, problem in new.items():

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,10 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
-from torchvision.transforms import v2
+from torchvision.io import write_png
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 av.logging.set_level(None)                      # what goes wrong is raised as VideoError, not printed by FFmpeg
@@ -405,10 +409,12 @@ def toy_video(cls, rng, size=32):
 
     Shape, colours, sizes, place and stripes are random and tell nothing about the class. What the pretext tasks need is
     - speed: every motion has the same natural period, 32 frames;
-    - direction: the stripes drift downwards, and only downwards (a motion that merely repeats itself does not do: small
-      networks stay at chance for hundreds of steps);
+    - direction: the stripes drift downwards, and only downwards (a motion that merely repeats itself does not do:
+      small networks stay at chance for hundreds of steps);
     - order: stripes and swings die down, to a quarter at the end. Contrast jitter and shuffling hardly hide that.
-    It can show that the pretext tasks are learned, in minutes on a CPU. It cannot show that the features transfer.
+    It can show, in minutes on a CPU, that speed, direction, order and psi are learned. It cannot show instance
+    discrimination (once augmented, the videos look alike: L_inst hardly falls) or transfer: the stripes alone solve the
+    pretext tasks, the sprite's motion does not matter to them. Order can be told from the contrast of a single frame.
     """
     t = np.arange(rng.integers(112, 145))[:, None, None]                        # (N, 1, 1)
     phase = 2 * np.pi * (t / 32 + rng.random())                                 # one natural period
@@ -431,9 +437,9 @@ def toy_video(cls, rng, size=32):
         r = [np.hypot(u, v), 1.1 * np.maximum(abs(u), abs(v)), 0.8 * (abs(u) + abs(v))][shape]  # disc, box, diamond
         mask = np.maximum(mask, np.clip(radius - r + 0.5, 0, 1))                # (N, H, W)  1 inside, soft edge
 
-    stripes = energy * np.sin(rng.uniform(-0.3, 0.3) * X + rng.uniform(0.6, 1) * Y - phase)  # (N, H, W)
-    back = 128 - rng.uniform(30, 60) + rng.uniform(-35, 35, 3)                  # (3,)     dark ground, bright sprite
-    fore = 128 + rng.uniform(40, 90) + rng.uniform(-35, 35, 3)
+    stripes = energy * np.sin(rng.uniform(-0.2, 0.2) * X + rng.uniform(0.7, 1) * Y - phase)     # (N, H, W)
+    back = 128 - rng.uniform(40, 60) + rng.uniform(-12, 12, 3)                  # (3,)  dark ground, bright sprite
+    fore = 128 + rng.uniform(40, 80) + rng.uniform(-45, 45, 3)
     ground = back + 60 * stripes[..., None]                                     # (N, H, W, 3)
     video = ground + mask[..., None] * (fore - ground)
     return np.clip(video + rng.normal(0, 2, (len(t), size, size, 1)), 0, 255).astype(np.uint8)
@@ -464,6 +470,7 @@ def write_video(file, frames, rate=25):
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate, options={"flags": "+qscale", "global_quality": "236"})    # q = 2
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         container.mux(stream.encode())
@@ -539,8 +546,9 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.files) // 2
 
     def __getitem__(self, key):
-        """-> dict of tensors, one row a video: clips uint8 (2, 2, T, 3, H, W), video (2,), pq (2,), speed (2, 2),
-        direction (2, 2), order (2,), colour seeds (2, 2); and failed: [(file, problem)] of the videos replaced."""
+        """-> dict of tensors, one row a video: clips uint8 (2, 2, T, 3, H, W), video (2,), pq (2,), first source frames
+        start (2, 2), speed (2, 2), direction (2, 2), order (2,), colour seeds (2, 2); and failed: [(file, problem)] of
+        the videos replaced."""
         epoch, group = key
         order = epoch_order(self.seed, epoch, len(self.files))
         videos, failed = list(order[2 * group:2 * group + 2]), []
@@ -568,7 +576,8 @@ class Pairs(torch.utils.data.Dataset):
                     break
                 videos[videos.index(v)] = rng.choice(others)
                 continue
-            two = dict(video=torch.tensor([int(v) for v in videos]), clips=torch.stack(clips), seed=torch.tensor(seeds))
+            two = dict(video=torch.tensor([int(v) for v in videos]), clips=torch.stack(clips), seed=torch.tensor(seeds),
+                       start=torch.tensor([[tau.start for tau in pair] for pair in pairs]))
             return two | {name: torch.tensor([label, label]) for name, label in labels.items()} | dict(failed=failed)
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
@@ -670,3 +679,65 @@ class Windows(torch.utils.data.Dataset):
             return v, decode(os.fsdecode(self.files[v]), frames, self.side).unflatten(0, (-1, self.T)), ""
         except VideoError as error:
             return v, None, reason(error, os.fsdecode(self.files[v]))
+
+
+# ---------------------------------------------------------------------- python data.py preview
+
+
+def preview(argv):
+    """Figure 2 from a user's own videos: a group of two as the network gets them, what was drawn written beside."""
+    from common import checked, list_and_scan, shared_parser                    # here, since common imports this module
+    parser, _ = shared_parser(f"{__doc__}\n{preview.__doc__}", argv)
+    parser.set_defaults(out="figure2.png")
+    parser.add_argument("--group", type=int, default=0, help="which group of two videos of the first epoch")
+    args = checked(parser, argv)
+    split, index = list_and_scan(args, args.split, "train")
+    paths, report = usable(split, index, args.frames)
+    pairs = Pairs(split, paths, index, args.frames, args.size, seed=args.seed)
+    if not 0 <= args.group < len(pairs):
+        raise ValueError(f"--group must lie between 0 and {len(pairs) - 1}, but is {args.group}")
+    write_png(figure2(pairs, pairs[0, args.group]), args.out)
+    print(f"{report}\n{args.out}: group {args.group}")
+
+
+def figure2(pairs, group, cell=96):
+    """uint8 (3, height, width): for each video of a group its time line with clips p and q, and their frames below."""
+    T, speeds = pairs.T, pairs.speeds
+    width, clips = T * (cell + 2), colour(group["clips"].flatten(0, 1), group["seed"].flatten().tolist())
+    mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (MEAN, STD))
+    clips = ((clips * std + mean).clamp(0, 1) * 255).to(torch.uint8).transpose(1, 2).unflatten(0, (2, 2))
+    order = ("p before q", "p after q", "p and q overlap")[group["order"][0]]
+    shift = (group["start"][0, 1] - group["start"][0, 0]).item()
+    rows = [caption(width, f"one relative transformation pq: shift from p to q {shift:+d} frames, {order}")]
+    for n in range(2):
+        v = group["video"][n].item()
+        length = int(pairs.shapes[v, 0])
+        line = torch.full((3, 34, width), 235, dtype=torch.uint8)               # the time line of the whole video
+        taus = [Tau(start, speeds[speed], bool(direction)) for start, speed, direction in
+                zip(*(group[name][n].tolist() for name in ("start", "speed", "direction")))]
+        strips = []
+        for k, (tau, name, tint) in enumerate(zip(taus, "pq", ((40, 90, 200), (220, 150, 0)))):
+            left, right = (round(x / length * (width - 1)) for x in (tau.start, tau.end(T) + 1))
+            line[:, 4 + 14 * k:16 + 14 * k, left:right + 1] = torch.tensor(tint, dtype=torch.uint8)[:, None, None]
+            way = "<- backward" if tau.reverse else "forward ->"
+            told = f"{name}: {tau.speed}x, {way}, source frames {tau.start} to {tau.end(T)}"
+            strips.append(caption(width, told, tint))
+            frames = TF.resize(clips[n, k], [cell, cell], InterpolationMode.NEAREST)            # (T, 3, cell, cell)
+            strips.append(torch.cat([TF.pad(frame, [1, 1], fill=list(tint)) for frame in frames], dim=2))
+        name = os.fsdecode(os.path.basename(pairs.files[v]))
+        rows += [caption(width, f"{name}, {length} frames"), line, *strips, caption(width, "")]
+    return torch.cat(rows, dim=1)
+
+
+def caption(width, text, tint=(0, 0, 0), height=20):
+    """A line of text on white -> uint8 (3, height, width)."""
+    blank = torch.full((3, height, width), 255, dtype=torch.uint8)
+    return draw_bounding_boxes(blank, torch.tensor([[0, 0, 1, 1]]), [text], ["white"], label_colors=[tint])
+
+
+if __name__ == "__main__":
+    from common import run
+    commands = dict(preview=preview)
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(f"usage: python data.py {{{','.join(commands)}}} ... (--help after the command)")
+    run(lambda: commands[sys.argv[1]](sys.argv[2:]))

@@ -8,6 +8,7 @@ Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goe
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, all_gather, checked, init_distributed, list_and_scan, on_first, resume, run, save,
-                    save_checkpoint, shared_parser, warmup_cosine)
-from data import Pairs, colour, step_loader, usable
+from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
+                    resume, run, save, save_checkpoint, shared_parser, warmup_cosine)
+from data import Pairs, Windows, colour, sources, step_loader, usable
 from losses import loss_equi, loss_inst
 from models import LOSSES, TimeEquivariant
+from retrieval import search, standardise
 
 
 def parse_args(argv=None):
@@ -38,11 +40,14 @@ def parse_args(argv=None):
     group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
     group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut a process's batch into N parts, with "
-                       "the gradient of the whole (Eq. 2: none reaches the keys)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+                       help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well, if that package is there")
+    group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
+                       help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
     parser.set_defaults(**defaults)
     args = checked(parser, argv)
 
@@ -117,6 +122,24 @@ def nearest(x, y, candidate, match):
     return hit.float().mean(), ((match & candidate).sum(1) / candidate.sum(1)).mean()
 
 
+def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
+    """1-NN accuracy (Table 1) among up to `most` training videos, so that a bad run is seen early; a video's own source
+    (UCF101's group) does not count as a neighbour. -> accuracy, accuracy of always naming the most frequent class."""
+    paths = paths[::-(-len(paths) // most)]
+    label = dict(zip(split.paths, split.labels))
+    if label[paths[0]] is None:
+        raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
+    windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
+    x, failed = average_crops(backbone.eval(), windows, args.size, "centre", device, args.amp, args.workers, title="knn")
+    backbone.train()
+    read = [n for n in range(len(paths)) if n not in failed]
+    source = sources(args.dataset, paths)
+    ids = torch.tensor([[label[paths[n]] for n in read], [source.index(source[n]) for n in read]])  # class, source
+    x, _ = standardise(x[read], x[read])
+    ranks, *_ = search(x, x, ids, ids, k=1)
+    return (ranks == 0).double().mean().item(), (ids[0].bincount().max() / len(read)).item()
+
+
 def split_batch(batch, n):
     """n equal parts of a batch, along the videos -> list of dicts."""
     parts = {name: value.chunk(n) for name, value in batch.items()}
@@ -143,8 +166,8 @@ def main(argv=None):
     rank, world, device = init_distributed()
     unit = 2 * world * args.accumulate
     if args.batch_size % unit:
-        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} process(es)"
-                         f" in {args.accumulate} part(s): give a multiple of {unit}")
+        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
+                         f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
     torch.manual_seed(args.seed)
 
     # Data
@@ -181,7 +204,7 @@ def main(argv=None):
 
     # Train
     batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
-    progress = Progress(out, step, steps, steps_an_epoch, 2 * args.batch_size, args.log_every, device)
+    progress = Progress(out, step, steps, steps_an_epoch, 2 * args.batch_size, args.log_every, device, args.tensorboard)
     while step < steps:
         batch = progress.wait_for(batches)
         seeds = batch.pop("seed")                                               # (B, 2), used on the CPU
@@ -219,6 +242,10 @@ def main(argv=None):
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
             save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
+        if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
+            accuracy, chance = knn_accuracy(model.backbone, split, paths, index, args, device)
+            if rank == 0:
+                progress.log(step, knn=accuracy, knn_chance=chance)
         if leave:
             sys.exit(f"{leave}: saved step {step} of {steps}; the same command goes on from there")
     if dist.is_initialized():
