@@ -338,7 +338,7 @@ def scan(split, index=None, workers=1, progress=True):
     if not split.found or len(missing) > MAX_BAD * total:
         where = f"looked for {total} listed videos in {split.root}" if total else f"looked for videos in {split.root}"
         first = f"; the first missing: {', '.join(missing[:3])}" if missing else ""
-        raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first} (--data)")
+        raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first}")
     index = Path(index or default_index(split.root))
     try:
         known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 6}
@@ -419,7 +419,7 @@ def toy_video(cls, rng, size=32):
     t = np.arange(rng.integers(112, 145))[:, None, None]                        # (N, 1, 1)
     phase = 2 * np.pi * (t / 32 + rng.random())                                 # one natural period
     energy = np.exp(-t / 96)                                                    # everything dies down
-    a, b = energy * np.cos(phase), energy * np.sin(phase)                       # (N, 1, 1)  swings of the class's motion
+    a, b = energy * np.cos(phase), energy * np.sin(phase)                       # (N, 1, 1)  swings of the class
     side = rng.choice([-1, 1])                                                  # a mirror image is the same class
     motions = {"Diagonal": dict(x=a, y=side * a), "Horizontal": dict(x=a), "Orbit": dict(x=a, y=side * b),
                "Spin": dict(angle=2 * a), "Split": dict(x=(1 + a) / 2), "Stretch": dict(wide=a, high=-a),
@@ -533,22 +533,25 @@ class Pairs(torch.utils.data.Dataset):
     """Groups of two videos under one relative transformation (Fig. 3), by (epoch, group).
 
     What is drawn is a function of (seed, epoch, group): workers and processes do not change it. Videos are held as
-    flat arrays, which many workers can share. equivariance (Table 1 b-d): what a group shares beside nothing at all;
+    flat arrays, which many workers can share. equivariance (Table 1 b-d): what the two videos of a group share;
     "temporal": pq; "spatial": the views (crop box and flip) of p and of q, with one τ for both clips; "both".
+    clips: 2, p and q; or 4, p and q once more under another σ (Fig. 5, distinctiveness).
     """
 
-    def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal"):
+    def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal",
+                 clips=2):
         self.files = np.array([os.fsencode(split.found[path]) for path in paths])
         self.shapes = np.array([index[path][:3] for path in paths])             # frames, height, width
-        self.T, self.size, self.speeds, self.seed, self.equivariance = T, size, speeds, seed, equivariance
+        self.T, self.size, self.speeds, self.seed = T, size, speeds, seed
+        self.equivariance, self.clips = equivariance, clips
 
     def __len__(self):
         return len(self.files) // 2
 
     def __getitem__(self, key):
-        """-> dict of tensors, one row a video: clips uint8 (2, 2, T, 3, H, W), video (2,), pq (2,), first source frames
-        start (2, 2), speed (2, 2), direction (2, 2), order (2,), colour seeds (2, 2); and failed: [(file, problem)] of
-        the videos replaced."""
+        """-> dict of tensors, a row a video: uint8 clips (2, n, T, 3, H, W), n = self.clips, and their colour seeds (2, n);
+        video (2,), pq (2,), order (2,); of p and q speed (2, 2), direction (2, 2) and first source frame start (2, 2);
+        and failed: [(file, problem)] of the videos replaced."""
         epoch, group = key
         order = epoch_order(self.seed, epoch, len(self.files))
         videos, failed = list(order[2 * group:2 * group + 2]), []
@@ -559,16 +562,16 @@ class Pairs(torch.utils.data.Dataset):
                 pairs = [(p, p) for p, _ in pairs]                              # Sec. 4.1: "consistent temporal ..."
             if self.equivariance != "temporal":
                 labels["pq"] = epoch * len(self) + group                        # continuous views: no two groups' agree
-            shared = [rng.getrandbits(63) for _ in "pq"]
+            shared = [rng.getrandbits(63) for _ in range(self.clips)]
             clips, seeds = [], []
             try:
                 for v, pair in zip(videos, pairs):
-                    own = [rng.getrandbits(63) for _ in "pq"]
+                    own = [rng.getrandbits(63) for _ in range(self.clips)]
                     height, width = self.shapes[v if self.equivariance == "temporal" else videos[0], 1:]
                     views = [draw_view(int(height), int(width), seed)
                              for seed in (own if self.equivariance == "temporal" else shared)]
                     clips.append(self.read(v, pair, views))
-                    seeds.append([rng.getrandbits(63) for _ in "pq"])
+                    seeds.append([rng.getrandbits(63) for _ in range(self.clips)])
             except VideoError as error:                                         # a deterministic replacement
                 failed.append((os.fsdecode(self.files[v]), str(error)))
                 others = [w for w in range(len(self.files)) if w not in videos]
@@ -582,10 +585,10 @@ class Pairs(torch.utils.data.Dataset):
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
     def read(self, v, pair, views):
-        """Both clips of video v from one decode -> uint8 (2, T, 3, size, size)."""
-        frames = [n for tau in pair for n in tau.frames(self.T)]                # 2T frame numbers
-        boxes = [box for box, _ in views for _ in range(self.T)]                # 2T boxes: constant over a clip
-        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes).unflatten(0, (2, self.T))
+        """All clips of video v from one decode, p, q and perhaps again p, q -> uint8 (n, T, 3, size, size)."""
+        frames = [n for tau in pair for n in tau.frames(self.T)] * (self.clips // 2)    # nT frame numbers
+        boxes = [box for box, _ in views for _ in range(self.T)]                # nT boxes: constant over a clip
+        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes).unflatten(0, (-1, self.T))
         return torch.stack([clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)])
 
 

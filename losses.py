@@ -76,3 +76,31 @@ def loss_inst(phi, i, p, keys=None, lam=0.1):
     neg = (sim * ~same_i).sum(dim=1, keepdim=True)              # (N, 1)  Σ_{j≠i} d(φ_i^p, φ_j^r)
     term = torch.log(sim + neg) - torch.log(sim)                # (N, M)  -log[ d / (d + Σ) ]
     return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over q, then over i
+
+
+def loss_distinct(chi, i, p, s, keys=None, lam=0.1):
+    """Fig. 5, "distinctiveness", which takes the place of L_equi there (# paper silent: no equation; read as)
+
+    L = -E log[ d(χ_i^ps, χ_i^pt) / (d(χ_i^ps, χ_i^pt) + Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^ru)) ]:
+    positives are two augmentations σ_s, σ_t of one clip τ_p(x_i), negatives other videos and other clips of the video.
+
+    chi: (N, D) anchors χ_i^ps;  i: (N,) video ids;  p: (N,) which τ of the video;  s: (N,) which σ of the clip.
+    keys: the same four gathered over all processes; the anchors themselves if None (see Eq. 1).
+    -> scalar: for each anchor the mean over its positives t, each with its own denominator; then the mean over anchors.
+    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive.
+    """
+    chi_j, j, r, t = (chi, i, p, s) if keys is None else keys
+    sim = d(chi, chi_j, lam)                                    # (N, M)  d(χ_i^ps, χ_j^rt)
+    if not (i.shape == p.shape == s.shape == chi.shape[:1] and j.shape == r.shape == t.shape == chi_j.shape[:1]):
+        raise ValueError(f"loss_distinct needs one i, one p and one s a row, but chi is {tuple(chi.shape)}, i "
+                         f"{tuple(i.shape)}, p {tuple(p.shape)}, s {tuple(s.shape)}; keys: chi {tuple(chi_j.shape)}, i "
+                         f"{tuple(j.shape)}, p {tuple(r.shape)}, s {tuple(t.shape)}")
+    same_ip = (i[:, None] == j) & (p[:, None] == r)             # (N, M)  (j, r) = (i, p)
+    same_s = s[:, None] == t                                    # (N, M)  t = s
+    positive = same_ip & ~same_s                                # (N, M)  χ_i^pt, t ≠ s
+    if len(chi) == 0 or not positive.any(dim=1).all():
+        raise ValueError("loss_distinct: an anchor has no positive, that is, the batch holds no other augmentation of "
+                         "its clip (two σ of each τ(x) are needed)")
+    neg = (sim * ~same_ip).sum(dim=1, keepdim=True)             # (N, 1)  Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^rt)
+    term = torch.log(sim + neg) - torch.log(sim)                # (N, M)  -log[ d / (d + Σ) ]
+    return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over t, then over i, p, s

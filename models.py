@@ -126,6 +126,7 @@ def new_backbone(arch):
 # ---- Heads, and the network that is pre-trained ----
 
 LOSSES = ("inst", "equi", "speed", "direction", "order")                    # Table 1, rows (e)-(o): any subset
+TERMS = (*LOSSES, "distinct")                                               # and the baseline of Fig. 5
 
 
 def mlp(d_in, d):
@@ -147,12 +148,13 @@ class TimeEquivariant(nn.Module):
 
     clips: (B, 2, 3, T, H, W), τ_p(x) and τ_q(x) of each video -> a dict with what the chosen losses need:
     inst: phi (B, 2, D) | equi: psi (B, D) | logits speed (B, 2, speeds), direction (B, 2, 2), order (B, 3)
+    distinct: chi (B, 4, D), for clips (B, 4, 3, T, H, W): p and q once more, under another σ
     """
 
     def __init__(self, arch="r3d18", losses=LOSSES, speeds=4):
         super().__init__()
-        if not losses or not set(losses) <= set(LOSSES):
-            raise ValueError(f"losses is {losses!r}, but must be one or more of {', '.join(LOSSES)}")
+        if not losses or not set(losses) <= set(TERMS):
+            raise ValueError(f"losses is {losses!r}, but must be one or more of {', '.join(TERMS)}")
         self.backbone = new_backbone(arch)
         d = self.backbone.dim
         self.heads = nn.ModuleDict()
@@ -166,16 +168,22 @@ class TimeEquivariant(nn.Module):
             self.heads["direction"] = aux_head(d, d, 2)                     # Sec. 3.2: forward, backward
         if "order" in losses:
             self.heads["order"] = aux_head(2 * d, d, 3)                     # Sec. 3.2: before, after, overlap
+        if "distinct" in losses:
+            self.heads["chi"] = mlp(d, d)                                   # Fig. 5: in the place of ψ
 
     def forward(self, clips):
-        if clips.ndim != 6 or clips.shape[1] != 2:
-            raise ValueError(f"clips must be (B, 2, 3, T, H, W), but is {tuple(clips.shape)}")
-        f = self.backbone(clips.flatten(0, 1))                              # (2B, D)    F(x), rows p, q, p, q, ...
+        n = 4 if "chi" in self.heads else 2
+        if clips.ndim != 6 or clips.shape[1] != n:
+            raise ValueError(f"clips must be (B, {n}, 3, T, H, W), but is {tuple(clips.shape)}")
+        f_all = self.backbone(clips.flatten(0, 1))                          # (nB, D)    F(x), all clips in one batch
+        f = f_all.unflatten(0, (-1, n))[:, :2].flatten(0, 1)                # (2B, D)    rows p, q, p, q, ...
         f_pq = f.unflatten(0, (-1, 2)).flatten(1)                           # (B, 2D)    [F(τ_p(x)), F(τ_q(x))]
         out = {}
         for name, head in self.heads.items():
             if name in ("psi", "order"):                                    # of the pair
                 out[name] = head(f_pq)                                      # (B, ·)
+            elif name == "chi":
+                out[name] = head(f_all).unflatten(0, (-1, n))               # (B, 4, D)
             else:                                                           # of each clip; BatchNorm over all 2B
                 out[name] = head(f).unflatten(0, (-1, 2))                   # (B, 2, ·)
         return out

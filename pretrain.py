@@ -19,16 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
                     resume, run, save, save_checkpoint, shared_parser, warmup_cosine)
 from data import Pairs, Windows, colour, sources, step_loader, usable
-from losses import loss_equi, loss_inst
-from models import LOSSES, TimeEquivariant
+from losses import loss_distinct, loss_equi, loss_inst
+from models import LOSSES, TERMS, TimeEquivariant
 from retrieval import search, standardise
 
 
 def parse_args(argv=None):
     parser, defaults = shared_parser(__doc__, sys.argv[1:] if argv is None else argv)
     group = parser.add_argument_group("objective")
-    group.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="TERM",
-                       help=f"terms of the sum, of {' '.join(LOSSES)} (Table 1 e-o)")
+    group.add_argument("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
+                       help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
     group.add_argument("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
                        help="what the two videos of a group share (Table 1 b-d)")
     group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
@@ -51,11 +51,11 @@ def parse_args(argv=None):
     parser.set_defaults(**defaults)
     args = checked(parser, argv)
 
-    args.losses, args.speeds = sorted(set(args.losses), key=LOSSES.index), sorted(set(args.speeds))
+    args.losses, args.speeds = sorted(set(args.losses), key=TERMS.index), sorted(set(args.speeds))
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"
     if args.speeds[0] < 1 or args.speeds[-1] > 1023:
         parser.error("--speeds must lie between 1 and 1023 source frames a step")
-    if args.equivariance == "spatial" and set(args.losses) - {"inst", "equi"}:
+    if args.equivariance == "spatial" and set(args.losses) & {"speed", "direction", "order", "distinct"}:
         parser.error("--equivariance spatial gives both clips one temporal transformation, so it goes with "
                      "--losses inst equi only (Table 1 b)")
     return args
@@ -73,16 +73,19 @@ def gather_keys(out, batch):
     """The keys of Eq. 1 and Eq. 3 over all processes: for each contrastive term (features, video ids, pq or p)."""
     keys = {}
     if "phi" in out:
-        keys["inst"] = all_gather(*clips_as_rows(out, batch))
+        keys["inst"] = all_gather(*clips_as_rows(out["phi"], batch["video"]))
     if "psi" in out:
         keys["equi"] = all_gather(out["psi"], batch["video"], batch["pq"])
+    if "chi" in out:
+        chi, i, clip = clips_as_rows(out["chi"], batch["video"])
+        keys["distinct"] = all_gather(chi, i, clip % 2, clip // 2)              # τ: p q p q ..., σ: 0 0 1 1 ...
     return keys
 
 
-def clips_as_rows(out, batch):
-    """φ_i^p with its i and p, one row a clip: (2B, D), (2B,) 0 0 1 1 ..., (2B,) 0 1 0 1 ..."""
-    i = batch["video"]
-    return out["phi"].flatten(0, 1), i.repeat_interleave(2), torch.arange(2, device=i.device).repeat(len(i))
+def clips_as_rows(x, i):
+    """x (B, n, D) of n clips of videos i, one row a clip -> (nB, D), i of each 0 0 1 1 ..., its clip 0 1 0 1 ..."""
+    n = x.shape[1]
+    return x.flatten(0, 1), i.repeat_interleave(n), torch.arange(n, device=i.device).repeat(len(i))
 
 
 def objective(out, batch, keys, lam):
@@ -92,7 +95,7 @@ def objective(out, batch, keys, lam):
     """
     terms, scores = {}, {}
     if "phi" in out:
-        phi, i, p = clips_as_rows(out, batch)                                   # (2B, D), (2B,), (2B,)
+        phi, i, p = clips_as_rows(out["phi"], batch["video"])                   # (2B, D), (2B,), (2B,)
         terms["inst"] = loss_inst(phi, i, p, keys["inst"], lam)                 # Eq. 3
         phi_j, j, r = keys["inst"]
         same_i, same_p = i[:, None] == j, p[:, None] == r                       # (2B, M)
@@ -102,6 +105,9 @@ def objective(out, batch, keys, lam):
         terms["equi"] = loss_equi(psi, i, pq, keys["equi"], lam)                # Eq. 1
         psi_k, k, rs = keys["equi"]
         scores["psi_nearest"], scores["psi_chance"] = nearest(psi, psi_k, i[:, None] != k, pq[:, None] == rs)
+    if "chi" in out:
+        chi, i, clip = clips_as_rows(out["chi"], batch["video"])                # (4B, D), (4B,), (4B,)
+        terms["distinct"] = loss_distinct(chi, i, clip % 2, clip // 2, keys["distinct"], lam)   # Fig. 5
     for task in ("speed", "direction", "order"):                                # Sec. 3.2
         if task in out:
             logits, label = out[task].float().flatten(0, -2), batch[task].flatten()
@@ -130,7 +136,8 @@ def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
     if label[paths[0]] is None:
         raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
     windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
-    x, failed = average_crops(backbone.eval(), windows, args.size, "centre", device, args.amp, args.workers, title="knn")
+    backbone.eval()
+    x, failed = average_crops(backbone, windows, args.size, "centre", device, args.amp, args.workers, title="k-NN")
     backbone.train()
     read = [n for n in range(len(paths)) if n not in failed]
     source = sources(args.dataset, paths)
@@ -147,8 +154,9 @@ def split_batch(batch, n):
 
 
 def augmented(batch):
-    """The network's input, with the colour part of σ: uint8 (B, 2, T, 3, H, W) -> float32 (B, 2, 3, T, H, W)."""
-    return colour(batch["clips"].flatten(0, 1), batch["seed"].flatten().tolist()).unflatten(0, (-1, 2))
+    """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W)."""
+    clips, seeds = batch["clips"], batch["seed"].flatten().tolist()
+    return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
 
 
 def finite_sum(terms):
@@ -174,7 +182,8 @@ def main(argv=None):
     split, paths, index = on_first(prepare, args)
     if args.batch_size > len(paths):
         raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(paths)} usable videos")
-    pairs = Pairs(split, paths, index, args.frames, args.size, args.speeds, args.seed, args.equivariance)
+    pairs = Pairs(split, paths, index, args.frames, args.size, args.speeds, args.seed, args.equivariance,
+                  clips=4 if "distinct" in args.losses else 2)
     steps_an_epoch = len(pairs) // (args.batch_size // 2)
     steps = args.epochs * steps_an_epoch
 
@@ -204,10 +213,11 @@ def main(argv=None):
 
     # Train
     batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
-    progress = Progress(out, step, steps, steps_an_epoch, 2 * args.batch_size, args.log_every, device, args.tensorboard)
+    progress = Progress(out, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every, device,
+                        args.tensorboard)
     while step < steps:
         batch = progress.wait_for(batches)
-        seeds = batch.pop("seed")                                               # (B, 2), used on the CPU
+        seeds = batch.pop("seed")                                               # (B, n), used on the CPU
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()} | dict(seed=seeds)
         parts, keys = split_batch(batch, args.accumulate), None
         if len(parts) > 1:                                                      # the keys of all parts come first
