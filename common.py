@@ -1,9 +1,11 @@
 """What the four scripts share and that is neither loss, sampling nor architecture."""
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import sys
@@ -61,9 +63,10 @@ def shared_parser(doc, argv, judging=False):
     group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
                        default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", choices=BACKBONES, help="backbone F (Sec. 3.4)")
-    group.add_argument("--frames", type=int, metavar="T", help="frames a clip (Sec. 3.4, Table 2)")
-    group.add_argument("--size", type=int, metavar="PIXELS", help="height and width of a clip (Sec. 3.4, Table 2)")
+    stored = "; None: as --checkpoint has it" if judging else ""
+    group.add_argument("--arch", choices=BACKBONES, help=f"backbone F (Sec. 3.4){stored}")
+    group.add_argument("--frames", type=int, metavar="T", help=f"frames a clip (Sec. 3.4, Table 2){stored}")
+    group.add_argument("--size", type=int, metavar="PIXELS", help=f"height and width of a clip (Table 2){stored}")
     group.add_argument("--amp", choices=("bf16", "fp16", "off"), help="mixed precision (paper silent)",
                        default="bf16" if torch.cuda.is_available() else "off")
     if judging:
@@ -76,7 +79,8 @@ def shared_parser(doc, argv, judging=False):
         group.add_argument("--step", type=int, default=4, help="source frames a step (Sec. 3.4; Table 4: 1 and 2)")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
-    group.add_argument("--out", help="folder of what this run writes; None: one below runs/")
+    group.add_argument("--out", help="folder of what this run writes; None: "
+                       + ("that of --checkpoint" if judging else "one below runs/"))
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     arch = known.arch or ("r3d18_narrow" if known.dataset == "toy" else "r3d18")
     defaults = paper_defaults(known.dataset, arch)
@@ -94,10 +98,14 @@ def checked(parser, argv):
     if args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
-                 accumulate=1, knn_every=0)
+                 accumulate=1, knn_every=0, seed=0, weight_decay=0)
     for name, value in vars(args).items():
-        if name in least and value is not None and not value >= least[name]:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least[name]}, but is {value}")
+        most = dict(frames=1024, size=1024, seed=2 ** 63 - 1).get(name, sys.float_info.max)
+        if name in least and value is not None and not least[name] <= value <= most:
+            bound = f"at least {least[name]}" if not value >= least[name] else f"at most {most}"
+            parser.error(f"--{name.replace('_', '-')} must be {bound}, but is {value}")
+        if name == "split" and args.dataset not in ("toy", "ucf101", "hmdb51") and set(np.ravel(value)) != {1}:
+            parser.error(f"--dataset {args.dataset} has one split, 1, but --split is {value}")
         if name in ("lr", "lam") and not 0 < value < float("inf"):
             parser.error(f"--{name} must be above 0, but is {value}")
     return args
@@ -112,6 +120,9 @@ def init_distributed():
     cuda = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise ValueError(f"process {device.index} of this machine has no GPU: torchrun's --nproc_per_node is at most "
+                         f"{torch.cuda.device_count()} here")
     if cuda:
         torch.cuda.set_device(device)
     if rank:
@@ -170,11 +181,22 @@ def warmup_cosine(optimizer, warmup, steps):
     return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), cosine], [warmup])
 
 
+def step_scaled(scaler, optimizer, loss):
+    """One step of the optimiser -> what the log tells of fp16: the share of steps left out for overflow, the scale."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)                                                      # leaves out a step that overflows ...
+    scaler.update()                                                             # ... and lowers the scale
+    told = dict(overflow=scaler.get_scale() < before, loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}
+    return {name: loss.new_tensor(value) for name, value in told.items()}
+
+
 def save_checkpoint(path, **state):
     """Write beside, then rename, keeping the checkpoint before: at any moment a whole one is on disk."""
     beside = path.with_suffix(".tmp")
     try:
         torch.save(state, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())                                             # on disk before the one before it moves
     except (OSError, RuntimeError) as error:                                    # a full disk is a RuntimeError to torch
         beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} (disk full?): {error}; the one before it, if any, is whole") from None
@@ -185,7 +207,8 @@ def save_checkpoint(path, **state):
 
 def load_checkpoint(path):
     """The newest whole checkpoint at `path`, or None; a damaged one is named and the one before it is taken."""
-    for candidate in (path, path.with_suffix(".previous.pt")):
+    for suffix in (path.suffix, ".previous.pt", ".tmp"):                        # .tmp: killed between the two renames
+        candidate = path.with_suffix(suffix)
         if candidate.exists():
             try:
                 return torch.load(candidate, map_location="cpu", weights_only=True)
@@ -197,6 +220,8 @@ def load_checkpoint(path):
 def resume(out, args, world, **parts):
     """Put the state of OUT/checkpoint.pt, if there is one, into the parts (model, optimizer, ...) -> its step, or 0."""
     state = load_checkpoint(out / "checkpoint.pt")
+    if state is not None and not (isinstance(state, dict) and {"step", "args", "world", "rng", *parts} <= state.keys()):
+        raise ValueError(f"{out / 'checkpoint.pt'} is not a checkpoint of this script: give another --out")
     step = state["step"] if state else 0
     if state:
         check_same_run(state, args, world)
@@ -212,8 +237,10 @@ def save(out, args, world, step, **parts):
 
     ValueError, and the last good checkpoint stays: a weight is not finite.
     """
-    if not all(weight.isfinite().all() for weight in parts["model"].parameters()):
-        raise ValueError(f"step {step}: a weight is not finite; {out / 'checkpoint.pt'}, if there, is from before")
+    bad = [name for name, value in parts["model"].state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"step {step}: {len(bad)} weights are not finite, the first {bad[0]}; "
+                         f"{out / 'checkpoint.pt'}, if there, is from before")
     save_checkpoint(out / "checkpoint.pt", step=step, args=vars(args), world=world, rng=torch.get_rng_state(),
                     **{name: part.state_dict() for name, part in parts.items()})
 
@@ -233,9 +260,13 @@ def check_same_run(state, args, world):
 def keep_log_until(file, step):
     """Drop the log's lines after `step`: the steps that an interrupted run did not save are done again."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    file.write_text("".join(f"{line}\n" for line in kept))
+    kept = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):              # a line that a full disk cut
+            kept += [line] if json.loads(line)["step"] <= step else []
+    beside = file.with_suffix(".tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.replace(file)
 
 
 def log_json(path, **values):
@@ -400,6 +431,8 @@ def load_for_judging(args):
 def list_and_scan(args, number, part):
     """One part of an official split, or the folder `part` of one's own videos -> Split, index of frame counts."""
     if part not in ("train", "test"):
+        if not Path(part).is_dir():
+            raise ValueError(f"there is no folder {part}; a gallery or query is train, test or a folder of videos")
         split = replace(load_split("folder", part), title=part)
     else:
         if args.dataset == "toy":
@@ -495,5 +528,9 @@ def run(main):
     sys.stdout.reconfigure(errors="surrogateescape")                            # names of files are any bytes
     try:
         main()
-    except (ValueError, OSError, VideoError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full (a smaller --batch-size or --size, or "
+                 f"more of --accumulate): {error}")
+    except (ValueError, OSError, VideoError) as error:                          # of a loader's process: its last line
+        sentence = re.sub(r"\ACaught .* in DataLoader worker .*^[\w.]+: ", "", str(error), flags=re.S | re.M).strip()
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")

@@ -21,7 +21,6 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
-from torchvision.io import write_png
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
@@ -122,6 +121,8 @@ def read_frames(path):
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(f"{path}: no decoder for the video stream")
             stream.codec_context.thread_count, stream.thread_type = 1, "NONE"
             for packet in packets:
                 for frame in packet.decode():
@@ -237,7 +238,8 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
         raise ValueError(f"{dataset}: the video folder {root} does not exist (--data)")
     if dataset in ("toy", "ucf101"):
         lists = find_lists(dataset, root, annotations, "ucfTrainTestlist", f"{part}list{split:02d}.txt")
-        classes = [line.split(maxsplit=1)[1] for line in read_lines(lists / "classInd.txt")]
+        file = lists / "classInd.txt"
+        classes = [two(line.split(maxsplit=1), file)[1] for line in read_lines(file)]
         paths = [line.rsplit(maxsplit=1)[0] if line[-1].isdigit() and " " in line else line
                  for line in read_lines(lists / f"{part}list{split:02d}.txt")]
         names = [path.split("/")[0] for path in paths]
@@ -246,16 +248,20 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
         files = sorted(lists.glob(f"*_test_split{split}.txt"))
         classes = [file.name.removesuffix(f"_test_split{split}.txt") for file in files]
         keep = {"train": "1", "test": "2"}[part]
-        rows = [(name, *line.rsplit(maxsplit=1)) for name, file in zip(classes, files) for line in read_lines(file)]
+        rows = [(name, *two(line.rsplit(maxsplit=1), file)) for name, file in zip(classes, files)
+                for line in read_lines(file)]
         names = [name for name, _, use in rows if use == keep]
         paths = [f"{name}/{path}" for name, path, use in rows if use == keep]
     elif dataset in ("diving48", "diving48v1"):
         file = f"Diving48_V2_{part}.json" if dataset == "diving48" else f"Diving48_{part}.json"
         lists = find_lists(dataset, root, annotations, ".", file)
         root = root / "rgb" if (root / "rgb").is_dir() else root
-        rows = json.loads((lists / file).read_text())
         classes = [str(k) for k in range(48)]                                   # class 30 has no V2 video: still 48
-        names, paths = [str(row["label"]) for row in rows], [f"{row['vid_name']}.mp4" for row in rows]
+        try:
+            rows = json.loads((lists / file).read_text())
+            names, paths = [str(row["label"]) for row in rows], [f"{row['vid_name']}.mp4" for row in rows]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{lists / file} is not a list of objects with vid_name and label: {error!r}") from None
     elif dataset in ("kinetics400", "folder"):
         paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, files in
                        os.walk(root, followlinks=True) for name in files
@@ -294,6 +300,13 @@ def read_lines(file):
     if not file.is_file():
         raise ValueError(f"the list {file} does not exist (--annotations)")
     return [line.strip() for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
+
+
+def two(words, file):
+    """The two parts of a list's line, or a ValueError that says where there is but one."""
+    if len(words) != 2:
+        raise ValueError(f"the list {file} has a line of one word, {words[0]!r}, where two belong")
+    return words
 
 
 def find_files(root, paths):
@@ -549,7 +562,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.files) // 2
 
     def __getitem__(self, key):
-        """-> dict of tensors, a row a video: uint8 clips (2, n, T, 3, H, W), n = self.clips, and their colour seeds (2, n);
+        """-> dict of tensors, a row a video: uint8 clips (2, n, T, 3, H, W), n = self.clips, and colour seeds (2, n);
         video (2,), pq (2,), order (2,); of p and q speed (2, 2), direction (2, 2) and first source frame start (2, 2);
         and failed: [(file, problem)] of the videos replaced."""
         epoch, group = key
@@ -636,7 +649,7 @@ class Clips(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        """-> dict: clips uint8 (1, T, 3, H, W), label (1,), colour seeds (1,); failed: [(file, problem)] replaced."""
+        """-> dict: clips uint8 (1, T, 3, H, W), label, colour seed, video (1,); failed: [(file, problem)] replaced."""
         epoch, place = key
         v, failed = int(epoch_order(self.seed, epoch, len(self.files))[place]), []
         rng = random.Random(repr((self.seed, epoch, place)))
@@ -653,7 +666,7 @@ class Clips(torch.utils.data.Dataset):
                 v = rng.randrange(len(self.files))
                 continue
             return dict(clips=(clip.flip(-1) if flip else clip)[None], label=torch.tensor([self.labels[v]]),
-                        seed=torch.tensor([rng.getrandbits(63)]), failed=failed)
+                        seed=torch.tensor([rng.getrandbits(63)]), video=torch.tensor([v]), failed=failed)
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
 
@@ -699,7 +712,9 @@ def preview(argv):
     pairs = Pairs(split, paths, index, args.frames, args.size, seed=args.seed)
     if not 0 <= args.group < len(pairs):
         raise ValueError(f"--group must lie between 0 and {len(pairs) - 1}, but is {args.group}")
-    write_png(figure2(pairs, pairs[0, args.group]), args.out)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).touch()                              # torchvision's errors are no sentences
+    TF.to_pil_image(figure2(pairs, pairs[0, args.group])).save(args.out)
     print(f"{report}\n{args.out}: group {args.group}")
 
 
@@ -739,8 +754,9 @@ def caption(width, text, tint=(0, 0, 0), height=20):
 
 
 if __name__ == "__main__":
+    import data                                         # common's errors are those of `data`, not of `__main__`
     from common import run
-    commands = dict(preview=preview)
+    commands = dict(preview=data.preview)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"usage: python data.py {{{','.join(commands)}}} ... (--help after the command)")
     run(lambda: commands[sys.argv[1]](sys.argv[2:]))

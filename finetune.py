@@ -11,6 +11,7 @@ same command goes on. A test video that cannot be read counts as wrong and is na
 """
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, shared_parser, told,
-                    warmup_cosine, write_result)
+                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, shared_parser,
+                    step_scaled, told, warmup_cosine, write_result)
 from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
@@ -84,15 +85,19 @@ def train(network, split, index, args, out, rank, world, device):
         with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
             logits = model(x).float()                                           # (B, classes)
         loss = F.cross_entropy(logits, label)
+        if not loss.isfinite():
+            names = ", ".join(os.fsdecode(clips.files[v]) for v in batch["video"].tolist())
+            raise ValueError(f"step {step + 1}: the loss is not finite: cross entropy {loss.item():.4g} "
+                             f"({out / 'checkpoint.pt'}, if there, is from before; the videos: {names})")
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        scaled = step_scaled(scaler, optimizer, loss)
         lr = schedule.get_last_lr()[0]
         schedule.step()
         step += 1
-        leave = progress.done(step, len(paths), lr, loss=loss, train_acc=(logits.argmax(1) == label).float().mean())
+        accuracy = (logits.argmax(1) == label).float().mean()
+        leave = progress.done(step, len(paths), lr, loss=loss, train_acc=accuracy, **scaled)
 
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, **parts)

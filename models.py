@@ -217,10 +217,11 @@ def load_backbone(path, arch=None):
         raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads") from error
     stored = stored if isinstance(stored, dict) else {}
     state = stored.get("backbone", stored.get("model", stored))
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    args = stored.get("args") or {}
+    if (not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values()))
+            or not all(isinstance(key, str) for key in state) or not isinstance(args, dict)):
         raise ValueError(f'{path} holds no state dict, neither as "backbone" or "model" nor as the file itself')
 
-    args = stored.get("args") or {}
     stored_arch = stored.get("arch") or args.get("arch")
     if not arch and not stored_arch:
         raise ValueError(f"{path} does not say which network it holds: give arch, one of {', '.join(BACKBONES)}")

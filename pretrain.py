@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
-                    resume, run, save, save_checkpoint, shared_parser, warmup_cosine)
+                    resume, run, save, save_checkpoint, shared_parser, step_scaled, warmup_cosine)
 from data import Pairs, Windows, colour, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TERMS, TimeEquivariant
@@ -64,7 +64,9 @@ def parse_args(argv=None):
 def prepare(args):
     """The training videos: list, frame counts, and which of them can be used -> Split, paths, index."""
     split, index = list_and_scan(args, args.split, "train")
-    paths, report = usable(split, index, args.frames)
+    if args.knn_every and not split.classes:
+        raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
+    paths, report = usable(split, index, args.speeds[0] * (args.frames - 1) + 1)    # what the slowest clip takes
     print(report, file=sys.stderr)
     return split, paths, index
 
@@ -133,8 +135,6 @@ def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
     (UCF101's group) does not count as a neighbour. -> accuracy, accuracy of always naming the most frequent class."""
     paths = paths[::-(-len(paths) // most)]
     label = dict(zip(split.paths, split.labels))
-    if label[paths[0]] is None:
-        raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
     windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
     backbone.eval()
     x, failed = average_crops(backbone, windows, args.size, "centre", device, args.amp, args.workers, title="k-NN")
@@ -159,12 +159,31 @@ def augmented(batch):
     return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
 
 
-def finite_sum(terms):
-    """Table 1: the terms are plain sums. ValueError: the sum is not finite, term by term."""
-    loss = sum(terms.values())
-    if not loss.isfinite():
-        raise ValueError("the loss is not finite: " + ", ".join(f"{k} {term.item():.4g}" for k, term in terms.items()))
-    return loss
+def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), scaler=None):
+    """The gradient of one batch, cut into n parts: first the keys of all parts, then each part against all keys.
+
+    That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
+    -> {name: mean over the parts}: loss, terms, scores. ValueError: a loss is not finite.
+    """
+    parts, keys, values = split_batch(batch, n), None, {}
+    if n > 1:
+        with torch.no_grad(), autocast:
+            outs = [network(augmented(part)) for part in parts]
+        keys = gather_keys({name: torch.cat([out[name] for out in outs]) for name in outs[0]}, batch)
+    for k, part in enumerate(parts):
+        wait = k < n - 1 and dist.is_initialized()                              # DDP averages the gradients once
+        with network.no_sync() if wait else contextlib.nullcontext():
+            with autocast:
+                out = network(augmented(part))                                  # clips (B, 2, 3, T, H, W) -> dict
+            terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
+            loss = sum(terms.values())                                          # Table 1: plain sums
+            if not loss.isfinite():
+                told = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
+                raise ValueError(f"the loss is not finite: {told}")
+            (scaler.scale(loss / n) if scaler else loss / n).backward()
+        for name, value in dict(loss=loss, **terms, **scores).items():
+            values[name] = values.get(name, 0) + value.detach() / n
+    return values
 
 
 def main(argv=None):
@@ -219,31 +238,14 @@ def main(argv=None):
         batch = progress.wait_for(batches)
         seeds = batch.pop("seed")                                               # (B, n), used on the CPU
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()} | dict(seed=seeds)
-        parts, keys = split_batch(batch, args.accumulate), None
-        if len(parts) > 1:                                                      # the keys of all parts come first
-            with torch.no_grad(), autocast:
-                outs = [network(augmented(part)) for part in parts]
-            keys = gather_keys({name: torch.cat([out[name] for out in outs]) for name in outs[0]}, batch)
-
         optimizer.zero_grad()
-        values = {}
-        for part in parts:
-            last = part is parts[-1]                                            # DDP averages gradients once a step
-            with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-                with autocast:
-                    features = network(augmented(part))                         # (B, 2, 3, T, H, W) -> dict
-                try:
-                    terms, scores = objective(features, part, keys or gather_keys(features, part), args.lam)
-                    loss = finite_sum(terms)
-                except ValueError as error:
-                    names = ", ".join(os.fsdecode(pairs.files[v]) for v in part["video"].tolist())
-                    raise ValueError(f"step {step + 1}: {error} ({out / 'checkpoint.pt'}, if there, is from before; "
-                                     f"the videos: {names})") from None
-                scaler.scale(loss / len(parts)).backward()
-            for name, value in dict(loss=loss, **terms, **scores).items():
-                values[name] = values.get(name, 0) + value.detach() / len(parts)
-        scaler.step(optimizer)
-        scaler.update()
+        try:
+            values = forward_backward(network, batch, args.accumulate, args.lam, autocast, scaler)
+        except ValueError as error:
+            names = ", ".join(os.fsdecode(pairs.files[v]) for v in batch["video"].tolist())
+            raise ValueError(f"step {step + 1}: {error} ({out / 'checkpoint.pt'}, if there, is from before; "
+                             f"the videos: {names})") from None
+        values |= step_scaled(scaler, optimizer, values["loss"])
         lr = schedule.get_last_lr()[0]
         schedule.step()
         step += 1

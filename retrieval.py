@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 
@@ -45,6 +44,9 @@ def parse_args(argv=None):
     args = checked(parser, argv)
     if min(args.k) < 1:
         parser.error(f"--k must be at least 1, but is {min(args.k)}")
+    for name, suffixes in dict(features=(".npz",), picture=(".png", ".jpg")).items():
+        if vars(args)[name] and not vars(args)[name].endswith(suffixes):
+            parser.error(f"--{name} must end in {' or '.join(suffixes)}, but is {vars(args)[name]}")
     args.k, args.dataset = sorted(set(args.k)), "folder" if folders else args.dataset
     return args
 
@@ -157,7 +159,7 @@ def picture(file, gallery, query, nearest, rows=10):
             row.append(thumbnail(video, None if None in (video.name, query[q].name) else video.name == query[q].name))
         blank = torch.full_like(row[0], 255)
         sheet.append(torch.cat(row + [blank] * (COLUMNS - len(row)), dim=2))
-    write_png(torch.cat(sheet, dim=1), str(file))
+    TF.to_pil_image(torch.cat(sheet, dim=1)).save(file)
 
 
 def thumbnail(video, verdict):
@@ -214,8 +216,8 @@ def main(argv=None):
     for result in results:
         print(told(result["gallery"], "left out"),
               told(result["query"], "count as wrong" if mean else "left out"), sep="\n")
-    print(f"nearest of {results[0]['gallery']['title']} to {results[0]['query']['title']}, split "
-          f"{' '.join(map(str, args.split))}{'' if mean else ': no classes, so no R@k'} ({file})")
+    print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))}"
+          f"{'' if mean else ': no classes, so no R@k'} ({file})")
     for k in mean.get("chance", ()):
         figures = in_words({name: mean[name][k] for name in networks}, mean["chance"][k])
         print(f"  {k}{' = 1-NN accuracy' if k == 'R@1' else ''}: {figures}")

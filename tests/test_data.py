@@ -219,7 +219,7 @@ def test_a_real_tree_is_found_whole_with_the_lists_beside_it(shared):
         assert sorted(Counter(split.labels).items()) == [(k, count // 8) for k in range(8)]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \r\n"])
 @pytest.mark.parametrize("label", ["", " 1"])
 def test_list_lines_may_carry_labels_and_either_line_end(tmp_path, label, end):
     paths = ["Run/v_Run_g01_c01.avi", "Run/my run 2.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi"]
@@ -273,7 +273,7 @@ def test_what_is_wrong_with_the_files_is_said_with_what_was_looked_for_and_where
     with pytest.raises(ValueError, match=f"folder: looked for videos in {root}/empty, found 0"):
         scan(load_split("folder", touch(root, "empty/notes.txt") / "empty"))
     with pytest.raises(ValueError, match=f"looked for 40 listed videos in {root}, found 20; the first missing: "
-                                         + ", ".join(listed[20:23]) + r" \("):
+                                         + ", ".join(listed[20:23]) + "(?!, Run)"):
         scan(load_split("ucf101", root))
 
 
@@ -327,9 +327,10 @@ def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted):
 def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
     split, index = load_split("folder", copy), tmp_path / "index.json"
     scan(split, index)
-    shutil.copy(copy / "run/00.avi", copy / "walk/01.avi")                      # another size
-    stamp = (copy / "run/02.avi").stat()
-    os.utime(copy / "run/02.avi", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    times = [(copy / path).stat().st_mtime_ns for path in ("walk/01.avi", "run/02.avi")]
+    shutil.copy(copy / "run/00.avi", copy / "walk/01.avi")
+    os.utime(copy / "walk/01.avi", ns=(0, times[0]))                            # another size at the same time
+    os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))                         # another time
     del counted[:]
     assert scan(split, index)["walk/01.avi"] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
 
@@ -494,7 +495,7 @@ def test_batches_hold_what_the_network_and_the_losses_expect(videos):
     (batch,) = batches(dataset(videos), 0, 1, items=3)
     shapes = dict.fromkeys(["video", "pq", "order"], (6,)) | dict.fromkeys(["speed", "direction", "seed"], (6, 2))
     shapes["clips"] = (6, 2, 8, 3, 16, 16)
-    assert batch.pop("failed") == [] and {name: tuple(value.shape) for name, value in batch.items()} == shapes
+    assert batch.pop("failed") == [] and {name: tuple(batch[name].shape) for name in shapes} == shapes
     assert all(value.dtype == (torch.uint8 if name == "clips" else torch.int64) for name, value in batch.items())
     for name in ("pq", "speed", "direction", "order"):
         assert torch.equal(batch[name][0::2], batch[name][1::2])                # the group's
@@ -502,16 +503,21 @@ def test_batches_hold_what_the_network_and_the_losses_expect(videos):
     assert batch["clips"].shape == (3, 8, 3, 16, 16) and batch["label"].shape == batch["seed"].shape == (3,)
 
 
-def test_clips_show_the_frames_of_tau_in_the_box_of_the_view(videos, monkeypatch):
+@pytest.mark.parametrize("n", [2, 4])                                           # 4: p, q, and both once more (Fig. 5)
+def test_clips_show_the_frames_of_tau_each_in_a_view_of_its_own(videos, monkeypatch, n):
     calls, read = [], Pairs.read
     monkeypatch.setattr(Pairs, "read", lambda self, *args: (calls.append(args), read(self, *args))[1])
-    pairs = dataset(videos)
+    pairs = dataset(videos, clips=n)
     (batch,) = batches(pairs, 0, 1, items=6)
-    for clips, speeds, (v, pair, views) in zip(batch["clips"], batch["speed"], calls, strict=True):
-        for clip, speed, tau, (box, flip) in zip(clips, speeds, pair, views, strict=True):
+    assert batch["clips"].shape == (12, n, 8, 3, 16, 16) and batch["seed"].unique().numel() == 12 * n
+    for clips, (v, pair, views) in zip(batch["clips"], calls, strict=True):
+        assert len(views) == n
+        for clip, tau, (box, flip) in zip(clips, itertools.cycle(pair), views):
             shown = decode(os.fsdecode(pairs.files[v]), tau.frames(8), 16, [box] * 8)
-            assert torch.equal(clip, shown.flip(-1) if flip else shown) and pairs.speeds[speed] == tau.speed
-    assert [v for v, _, _ in calls] == batch["video"].tolist()
+            assert torch.equal(clip, shown.flip(-1) if flip else shown)
+    assert batch["video"].tolist() == [v for v, _, _ in calls]
+    assert batch["start"].tolist() == [[tau.start for tau in pair] for _, pair, _ in calls]
+    assert batch["speed"].tolist() == [[pairs.speeds.index(tau.speed) for tau in pair] for _, pair, _ in calls]
     assert {flip for _, _, views in calls for _, flip in views} == {False, True}
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from torchvision.io import decode_image
 
 import common
 import data
@@ -34,10 +34,10 @@ CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}                                    
 
 
 def write_video(path, seed, hue, frames=24):
-    """A noisy texture that drifts; hue: which colour is brightest."""
+    """A noisy texture that drifts; hue: which colour is somewhat brighter than it would be."""
     rng = np.random.default_rng(seed)
-    texture, shift = rng.integers(0, 140, (32, 48, 3)), rng.integers(1, 4)
-    texture[..., hue] += 90
+    texture, shift = rng.integers(0, 140, (32, 48, 3)) + rng.integers(0, 90, 3), rng.integers(1, 4)
+    texture[..., hue] += 25                                                        # some are told right, some wrong
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(os.fspath(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
@@ -113,7 +113,7 @@ def retrieve(root, checkpoint, out, *more):
 
 
 def tune(root, checkpoint, out, *more):
-    finetune.main(words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 3e-3,
+    finetune.main(words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3,
                         "--crops", "centre", *more))
     return strict(out / "finetune-ucf101-2x.json")
 
@@ -248,7 +248,8 @@ def test_retrieval_is_standardised_by_the_gallery_alone():
 def test_ten_crops_are_four_corners_and_the_centre_and_their_mirror_images():
     windows = torch.arange(2 * 3 * 3 * 20 * 28).view(2, 3, 3, 20, 28)
     crops = [windows[..., top:top + 16, left:left + 16] for top, left in ((0, 0), (0, 12), (4, 0), (4, 12), (2, 6))]
-    assert views_of(windows, 16, "ten").equal(torch.cat(crops + [crop.flip(-1) for crop in crops]))
+    mirrored = [crops[k].flip(-1) for k in (1, 0, 3, 2, 4)]                     # left corners become right ones
+    assert views_of(windows, 16, "ten").equal(torch.cat(crops + mirrored))
     assert views_of(windows, 16, "centre").equal(torch.cat([crops[-1], crops[-1].flip(-1)]))
 
 
@@ -340,7 +341,7 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(found, m
     assert not any(set(groups[kept]) & set(groups[held]) for kept, held in folds)
     mean = {C: cross_val_score(linear_probe.make_pipeline(StandardScaler(), LinearSVC(C=C, random_state=0)),
                                train[1]["net"], np.array(train[0].labels), cv=list(folds)).mean()
-            for C in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1)}
+            for C in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
     assert result["C"] == max(mean, key=mean.get)
 
 
@@ -427,7 +428,7 @@ def broken(copy, how):
     entries = json.loads(index.read_text())
     entries[path][2] += 9
     index.write_text(json.dumps(entries))
-    return path, "only 24 frames decode"
+    return path, "frame 32 was asked for, but only 24 frames decode"
 
 
 @pytest.mark.parametrize("how", ["missing", "garbage", "shorter"])
@@ -481,8 +482,11 @@ def test_another_test_video_changes_no_other_feature(copy, checkpoint, found, tm
 
 TORCHRUN = """
 import os, sys, torch
+import torch.distributed as dist
 sys.path.insert(0, {root!r})
 import finetune, linear_probe, retrieval
+dist.init_process_group("gloo")                                                 # one group for the three
+dist.init_process_group = dist.destroy_process_group = lambda *args: None
 average = finetune.average_crops
 def spy(*args, **kwargs):
     scores, failed = average(*args, **kwargs)
@@ -497,13 +501,13 @@ for name, argv in {argv!r}.items():
 def test_two_processes_give_the_numbers_of_one(tiny, checkpoint, found, probed, tmp_path, monkeypatch):
     argv = {name: words(tiny, checkpoint, tmp_path, *more) for name, more in (
         ("linear_probe", ()), ("retrieval", ("--features", tmp_path / "found.npz", "--k", 1, 5, 10)),
-        ("finetune", ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 3e-2)))}
+        ("finetune", ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3)))}
     script = tmp_path / "all.py"                                                # one start of Python for the three
     script.write_text(TORCHRUN.format(root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("9 of 9 videos scored") == 3                       # one process tells; none is lost
+    assert done.stdout.count("9 of 9 videos scored") == done.stdout.count("loaded r3d18_narrow") == 3   # one tells
 
     result = strict(tmp_path / "linear_probe-ucf101.json")
     assert result["top1"] == probed["top1"] and result["splits"] == probed["splits"]
@@ -514,6 +518,7 @@ def test_two_processes_give_the_numbers_of_one(tiny, checkpoint, found, probed, 
     tuned, scores = strict(tmp_path / "finetune-ucf101-2x.json"), spied(monkeypatch)
     finetune.main(argv["finetune"] + ["--test"])                                # one process tests what two trained
     assert all(torch.load(tmp_path / f"scores{rank}").equal(scores[0]) for rank in (0, 1))
+    assert len(scores[0].unique()) > 9                                          # not all 0 and 1
     assert strict(tmp_path / "finetune-ucf101-2x.json")["splits"] == tuned["splits"]
 
 
@@ -547,7 +552,7 @@ def test_fine_tuning_changes_every_layer_and_tests_the_last_epoch(tiny, checkpoi
     split = load_split("ucf101", tiny / "UCF-101", part="test")
     windows = Windows(split, scan(split), T=4, size=16, step=2, windows=2)
     wanted, _ = average_crops(net.eval(), windows, 16, "centre", CPU, softmax=True)
-    assert len(scores) == 1 and scores[0].equal(wanted) and scores[0].sum(1).allclose(torch.ones(9))
+    assert len(scores) == 1 and scores[0].equal(wanted) and len(wanted.unique()) > 9
     assert result["top1"]["checkpoint"] == (wanted.argmax(1) == torch.tensor(split.labels)).double().mean()
 
 
@@ -562,7 +567,8 @@ def test_fine_tuning_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bit(ti
     tune(tiny, checkpoint, tmp_path / "parts")
     whole, parts = (torch.load(tmp_path / name / "finetune-ucf101-2x-1" / "checkpoint.pt", weights_only=True)["model"]
                     for name in ("whole", "parts"))
-    assert all(value.equal(parts[name]) for name, value in whole.items()) and scores[0].equal(scores[1])
+    assert all(value.equal(parts[name]) for name, value in whole.items())
+    assert scores[0].equal(scores[1]) and len(scores[0].unique()) > 9
 
 
 def test_only_testing_writes_the_result_again_and_trains_nothing(tiny, checkpoint, tmp_path):
@@ -641,7 +647,8 @@ def own(tiny, tmp_path):
 
 @pytest.mark.parametrize("link", [False, True])
 def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_recall(own, checkpoint, tmp_path, capsys,
-                                                                                   link):
+                                                                                   monkeypatch, link):
+    monkeypatch.setattr(common, "make_toy", pytest.fail)                        # which nobody asked for
     query = own
     if link:                                                                    # the same files by another way
         query = tmp_path / "linked"
@@ -651,7 +658,7 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
     retrieval.main([str(word) for word in ("--checkpoint", checkpoint, "--gallery", own, "--query", query, "--k", 6,
                                            "--windows", 2, "--workers", 0, "--out", tmp_path / "out",
                                            "--features", tmp_path / "new" / "found.npz")])
-    result = strict(tmp_path / "out" / "retrieval-folder.json")                 # the toy set was not made
+    result = strict(tmp_path / "out" / "retrieval-folder.json")
     assert result["recall"] == {} and "no classes, so no R@k" in capsys.readouterr().out
     neighbours = result["splits"][0]["neighbours"]
     names = {f"video {n}.avi" for n in range(6)}
@@ -676,8 +683,7 @@ def test_the_picture_tells_right_from_wrong_in_grey_too(tiny, checkpoint, tmp_pa
     assert (right[20:140, 20:140] != wrong[20:140, 20:140]).sum() > 200         # crossed out
     assert (right[160:] < 128).sum() != (wrong[160:] < 128).sum()               # + and -
     retrieve(tiny, checkpoint, tmp_path, "--picture", tmp_path / "new" / "sheet.png")
-    sheet = decode_image(str(tmp_path / "new" / "sheet.png"))
-    assert sheet.shape == (3, 9 * 180, 6 * 160)                                 # a row for each of nine queries
+    assert Image.open(tmp_path / "new" / "sheet.png").size == (6 * 160, 9 * 180)    # a row for each of nine queries
 
 
 # ---------------------------------------------------------------------- what a result says, and what ends in a sentence
@@ -685,9 +691,9 @@ def test_the_picture_tells_right_from_wrong_in_grey_too(tiny, checkpoint, tmp_pa
 
 def test_a_result_says_what_it_is(tiny, checkpoint, tmp_path, capsys):
     args = dict(frames=4, size=16, lr=1e-3)
-    for result, standardised in ((probe(tiny, checkpoint, tmp_path), "training set"),
-                                 (retrieve(tiny, checkpoint, tmp_path)[0], "gallery"),
-                                 (tune(tiny, checkpoint, tmp_path), "")):
+    for script, standardised in ((probe, "training set"), (retrieve, "gallery"), (tune, "")):
+        result = script(tiny, checkpoint, tmp_path)
+        result = result[0] if script is retrieve else result
         protocol = result["protocol"]
         said = dict(dataset="ucf101", split=[1], windows=2, step=2, frames=4, size=16, seed=0, crops="centre")
         assert {name: protocol[name] for name in said} == said
@@ -721,7 +727,7 @@ def test_a_checkpoint_that_does_not_fit_ends_in_one_sentence(tiny, checkpoint, t
 def test_a_gallery_that_is_empty_or_smaller_than_k_ends_in_one_sentence(tiny, checkpoint, own, tmp_path):
     (tmp_path / "empty").mkdir()
     for more, sentence in ((("--gallery", tmp_path / "empty"), "found 0"),
-                           (("--gallery", tmp_path / "none"), "does not exist"),
+                           (("--gallery", tmp_path / "none"), "there is no folder"),
                            (("--k", 1, 19), "--k 19 is larger than the gallery, ucf101 train split 1: 18 videos"),
                            (("--gallery", own), f"--k 20 is larger than the gallery, {own}: 6 videos")):
         assert sentence in error(retrieval.main, words(tiny, checkpoint, tmp_path / "out", *more))

@@ -1,5 +1,6 @@
 """pretrain.py from video files to checkpoint: what it learns, what it writes, how it goes on."""
 import json
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import common
 import pretrain
 from conftest import ROOT
 from data import write_video
-from models import load_backbone
+from models import TimeEquivariant, load_backbone
 
 
 def ramp(rng, n=120, side=32):
@@ -143,16 +144,101 @@ def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero()
     assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
 
 
+def test_the_knn_check_reports_accuracy_beside_chance_and_changes_no_training(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(24):                                                         # class 0 is dark, class 1 is bright
+        texture = rng.integers(0, 40, (1, 32, 32, 3)) + 150 * (k % 2)
+        write_video(tmp_path / "videos" / f"class{k % 2}" / f"{k}.avi", texture.repeat(30, 0).astype(np.uint8))
+    losses = {}
+    for knn_every in ("0", "1"):
+        out = tmp_path / knn_every
+        lines = pretrain_on(tmp_path / "videos", out, "--epochs", "2", "--log-every", "1", "--knn-every", knn_every)
+        losses[knn_every] = [line["loss"] for line in lines]
+    checks = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "knn" in line]
+    assert [line["epoch"] for line in checks] == [1, 2]
+    assert all(line["knn"] > 0.9 and line["knn_chance"] == 0.5 for line in checks)
+    assert losses["0"] == losses["1"]                                           # BatchNorm's statistics too
+
+
+def test_the_knn_check_needs_labels(ramps, tmp_path):
+    with pytest.raises(ValueError, match="--knn-every needs labels"):
+        pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--knn-every", "1")
+
+
+def test_tensorboard_is_asked_for_by_name_where_it_is_missing(ramps, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)           # as if it were not installed
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--tensorboard")
+
+
+def test_tensorboard_gets_what_the_log_gets(ramps, tmp_path, monkeypatch):
+    seen = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name, value, step):
+            seen[name, step] = value
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = SummaryWriter
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--tensorboard")[-1]
+    assert seen["loss", line["step"]] == pytest.approx(line["loss"], rel=1e-5)
+    assert {name for name, _ in seen} >= {"inst", "equi", "speed_acc", "psi_nearest", "lr", "clips_per_s"}
+
+
+@pytest.mark.parametrize("parts", [2, 6])
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
+    torch.manual_seed(0)
+    model, B = TimeEquivariant("r3d18_narrow").double(), 6
+    for module in model.modules():                                              # a part's own statistics would differ
+        if "BatchNorm" in type(module).__name__:
+            module.eval()
+    batch = dict(clips=torch.randint(0, 255, (B, 2, 4, 3, 16, 16), dtype=torch.uint8), video=torch.arange(B),
+                 pq=torch.arange(B) // 2, speed=torch.randint(0, 4, (B, 2)), direction=torch.randint(0, 2, (B, 2)),
+                 order=torch.randint(0, 3, (B,)), seed=torch.randint(0, 99, (B, 2)))
+
+    def gradient(n):
+        model.zero_grad()
+        pretrain.forward_backward(lambda clips: model(clips.double()), batch, n, 0.1)
+        return [weight.grad.clone() for weight in model.parameters()]
+    for whole, accumulated in zip(gradient(1), gradient(parts)):
+        assert torch.allclose(whole, accumulated, rtol=0, atol=1e-12)
+
+
+def test_two_machines_of_two_processes_train_together(ramps, tmp_path):
+    """Two torchrun agents on this machine stand for two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", f"--node_rank={node}",
+         "--master_addr=localhost", f"--master_port={port}", str(ROOT / "pretrain.py"), "--dataset", "folder", "--data",
+         str(ramps / "ordered"), "--out", str(tmp_path), "--arch", "r3d18_narrow", "--frames", "4", "--size", "16",
+         "--batch-size", "24", "--epochs", "1", "--workers", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in (0, 1)]
+    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    line = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert line["step"] == 2 and "on 4 cpu process(es)" in said[0]
+    assert line["phi_chance"] == pytest.approx(1 / 47, rel=1e-3)                # keys of all 2 * 24 clips
+
+
 @pytest.mark.parametrize("which, processes", [("ucf_original", 1), ("ucf8_128", 2)])
 def test_the_command_line_trains_on_real_ucf101_files(shared, tmp_path, which, processes):
-    root = shared / "videos" / which
+    root, lists = shared / "videos" / which, tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    official = root / "ucfTrainTestlist"
+    lists.joinpath("classInd.txt").write_text((official / "classInd.txt").read_text())
+    some = (official / "trainlist01.txt").read_text().splitlines()[::8 if which == "ucf8_128" else 1][:80]
+    lists.joinpath("trainlist01.txt").write_text("\n".join(some))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = (command if processes > 1 else [sys.executable]) + [
-        str(ROOT / "pretrain.py"), "--dataset", "ucf101", "--data", str(root / "UCF-101"), "--annotations",
-        str(root / "ucfTrainTestlist"), "--arch", "r3d18_narrow", "--size", "32", "--frames", "8", "--epochs", "1",
-        "--batch-size", "40" if which == "ucf_original" else "372", "--workers", "1", "--out", str(tmp_path)]
+        str(ROOT / "pretrain.py"), "--dataset", "ucf101", "--data", str(root / "UCF-101"), "--annotations", str(lists),
+        "--arch", "r3d18_narrow", "--size", "32", "--frames", "8", "--epochs", "1", "--batch-size", "40", "--workers", "1",
+        "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["epoch"] == 1 and np.isfinite(lines[-1]["loss"])
-    assert load_backbone(tmp_path / "backbone.pt").dim == 128
+    assert load_backbone(tmp_path / "out" / "backbone.pt").dim == 128
