@@ -399,9 +399,10 @@ def usable(split, index, T=16):
     bad = {path: problem for path, (n, _, _, problem) in index.items() if problem and n < T}
     short = [path for path, (n, *_) in index.items() if n < T and path not in bad]
     good = [path for path in split.paths if path in index and path not in bad and index[path][0] >= T]
-    official = next((f" (official lists: {PUBLISHED[key][k]})" for k, part in enumerate(("train", "test"))
-                     for key in PUBLISHED if f"{key[0]} {part} split {key[1]}" == split.title), "")
-    report = f"{split.title}: {len(split.paths)} videos{official}, {len(good)} usable"
+    totals = {f"{dataset} {part} split {number}": counts[k] for (dataset, number), counts in PUBLISHED.items()
+              for k, part in enumerate(("train", "test"))} | {"kinetics400": "around 240000"}     # Sec. 4
+    published = f" (published: {totals[split.title]})" if split.title in totals else ""
+    report = f"{split.title}: {len(split.paths)} videos{published}, {len(good)} usable"
     for what, names in (("missing", split.missing), ("unreadable", [f"{p} ({bad[p]})" for p in bad]),
                         (f"shorter than {T} frames", short)):
         if names:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 from common import mean_over_processes
 from conftest import ROOT
-from losses import d, loss_equi, loss_inst
+from losses import d, loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TimeEquivariant
 from pretrain import gather_keys, objective
 
@@ -24,6 +24,11 @@ EQUI = torch.tensor([[3, 1, 4, 0, 5, 9, 2, 6, 3, 3, 8, 7],                      
                      [7, 7, 2, 2, 7, 7, 5, 5, 7, 2, 1, 1]])                     # pq: two groups drew 7 by chance
 INST = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4],                      # i: two or three clips of a video
                      [0, 1, 0, 1, 2, 0, 1, 5, 4, 2, 1, 0]])                     # p
+DISTINCT = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2],                  # i
+                         [0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0],                  # p: which τ of the video
+                         [0, 1, 0, 1, 0, 1, 2, 0, 1, 2, 1, 0]])                 # s: which of two or three σ of the clip
+every = pytest.mark.parametrize("loss, ids", [(loss_equi, EQUI), (loss_inst, INST), (loss_distinct, DISTINCT)],
+                                ids=["equi", "inst", "distinct"])
 both = pytest.mark.parametrize("loss, ids", [(loss_equi, EQUI), (loss_inst, INST)], ids=["equi", "inst"])
 
 
@@ -82,7 +87,21 @@ def eq3(phi, video, clip, lam):
     return sum(over_i) / len(over_i)
 
 
-@pytest.mark.parametrize("loss, equation, ids", [(loss_equi, eq1, EQUI), (loss_inst, eq3, INST)], ids=["equi", "inst"])
+def fig5(chi, video, clip, view, lam):
+    rows, over_i = range(len(chi)), []
+    for i in rows:
+        over_t = []
+        for t in rows:
+            if video[t] == video[i] and clip[t] == clip[i] and view[t] != view[i]:      # the same clip, another σ
+                above = eq2(chi[i], chi[t], lam)
+                others = [j for j in rows if video[j] != video[i] or clip[j] != clip[i]]
+                over_t.append(-torch.log(above / (above + sum(eq2(chi[i], chi[j], lam) for j in others))))
+        over_i.append(sum(over_t) / len(over_t))
+    return sum(over_i) / len(over_i)
+
+
+@pytest.mark.parametrize("loss, equation, ids", [(loss_equi, eq1, EQUI), (loss_inst, eq3, INST),
+                                                 (loss_distinct, fig5, DISTINCT)], ids=["equi", "inst", "distinct"])
 @pytest.mark.parametrize("lam", [0.1, 0.7])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_loss_and_its_gradient_are_those_of_loops_over_i_j_k(loss, equation, ids, lam, dtype, tolerance):
@@ -179,7 +198,7 @@ def test_no_gradient_reaches_y_in_d():
     close(*(torch.autograd.grad(d(z, key).sum(), z)[0] for key in (z, z.detach())))
 
 
-@both
+@every
 def test_no_gradient_reaches_the_keys(loss, ids):
     x, keys = features(), features()
     loss(x, *ids, keys=(keys, *ids)).backward()
@@ -195,7 +214,7 @@ def test_d_under_autocast_is_the_float32_one(dtype):
     assert inside.dtype == torch.float32 and torch.equal(inside, d(x, y))
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
 def test_half_precision_features_under_autocast_give_the_float32_loss(loss, ids, dtype, tolerance):
     with torch.autocast("cpu", dtype):
@@ -209,21 +228,21 @@ def test_half_precision_features_under_autocast_give_the_float32_loss(loss, ids,
 
 # ---- Keys: the batch of all processes ----
 
-@both
+@every
 def test_the_keys_are_the_anchors_unless_given(loss, ids):
     alone = value_and_gradient(loss, features(), *ids)
     given = value_and_gradient(loss, features(), *ids, keys=(features(), *ids))
     assert all(map(torch.equal, alone, given))
 
 
-@both
+@every
 def test_the_order_of_the_keys_does_not_matter(loss, ids):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     shuffled = value_and_gradient(loss, features(), *ids, keys=(features()[order], *ids[:, order]))
     close(shuffled, value_and_gradient(loss, features(), *ids))
 
 
-@both
+@every
 @pytest.mark.parametrize("shards", [2, 3, 6])
 def test_the_mean_over_shards_with_all_keys_is_the_loss_of_the_whole(loss, ids, shards):
     def mean_of_shards(x):
@@ -244,7 +263,7 @@ def test_a_batch_without_any_positive_is_refused(loss, ids):
         loss(features(0), *ids[:, :0])
 
 
-@both
+@every
 def test_one_anchor_without_a_positive_is_refused(loss, ids):
     ids = ids.clone()
     ids[:, -1] = 99
@@ -322,7 +341,7 @@ def test_losses_py_imports_torch_and_nothing_else():
     assert imports == ["import torch", "import torch.nn.functional as F"]
 
 
-@both
+@every
 def test_each_function_works_cut_out_together_with_d(loss, ids):
     elsewhere = {"torch": torch, "F": F}
     exec(inspect.getsource(d), elsewhere)

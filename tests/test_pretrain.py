@@ -39,7 +39,7 @@ def pretrain_on(data, out, *flags):
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
 
 
-AUX = ("--losses", "speed", "direction", "order", "--epochs", "50", "--lr", "3e-3", "--warmup-epochs", "5")
+AUX = ("--losses", "speed", "direction", "order", "--epochs", "45", "--lr", "3e-3", "--warmup-epochs", "5")
 
 
 def mean_of_last(lines, count=5):
@@ -76,6 +76,18 @@ def test_only_the_chosen_terms_are_summed(ramps, tmp_path):
     line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--losses", "equi", "speed")[-1]
     assert line["loss"] == pytest.approx(line["equi"] + line["speed"], rel=1e-4)
     assert not {"inst", "direction", "order", "phi_nearest"} & line.keys()
+
+
+def test_the_baseline_of_figure_5_trains_on_four_clips_a_video(ramps, tmp_path):
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--losses", "inst", "distinct", "speed")[-1]
+    assert line["loss"] == pytest.approx(line["inst"] + line["distinct"] + line["speed"], rel=1e-4)
+    assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)                # L_inst still sees p and q alone
+
+
+@pytest.mark.parametrize("flags", [("--equivariance", "spatial", "--losses", "inst", "equi"), ("--equivariance", "both")])
+def test_spatial_equivariance_trains(ramps, tmp_path, flags):
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", *flags)[-1]
+    assert np.isfinite(line["equi"]) and line["psi_chance"] == pytest.approx(1 / 11, rel=1e-3)      # no chance partners
 
 
 SHORT = ("--epochs", "2", "--seed", "3", "--log-every", "1", "--lr", "1e-3")
