@@ -185,7 +185,7 @@ def decode(path, frames, size=None, boxes=None):
 def to_rgb(frame, size, box, scale, convert):
     """av.VideoFrame -> uint8 (H, W, 3); size, box: as in decode; scale, convert: VideoReformatters.
 
-    Two passes, planar scaling and then conversion of the few pixels left, take half the time of one (decoding.md).
+    Two passes, planar scaling and then conversion of the few pixels left, take about half the time of one.
     """
     height, width = frame.height, frame.width
     if size is not None:

@@ -70,6 +70,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, _, device = init_distributed()
     network = load_for_judging(args)
+    print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
     splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
     for (train, _), (test, _) in splits:

@@ -184,6 +184,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, _, device = init_distributed()
     network = load_for_judging(args)
+    print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
     splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
               for number in args.split]
