@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -534,3 +535,7 @@ def run(main):
     except (ValueError, OSError, VideoError) as error:                          # of a loader's process: its last line
         sentence = re.sub(r"\ACaught .* in DataLoader worker .*^[\w.]+: ", "", str(error), flags=re.S | re.M).strip()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
+    finally:                                                                    # loaders' processes ignore SIGTERM, by
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                           # which Python would end them at exit
+        for child in multiprocessing.active_children():
+            child.kill()

@@ -161,8 +161,8 @@ def decode(path, frames, size=None, boxes=None):
     wanted = defaultdict(list)                                                  # frame number -> places in the output
     for place, n in enumerate(frames):
         wanted[n].append(place)
-    if min(wanted) < 0:
-        raise ValueError(f"frame numbers start at 0, but {min(wanted)} was asked for")
+    if min(wanted, default=-1) < 0:
+        raise ValueError(f"{path}: frames must be one or more numbers from 0 on, but are {list(frames)[:10]}")
     scalers = defaultdict(lambda: (VideoReformatter(), VideoReformatter()))     # a scaler keeps its set-up: one a box
     out, n = None, -1
     with closing(read_frames(path)) as stream:
@@ -627,7 +627,8 @@ def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
 
 
 def ignore_signals(worker):
-    """Schedulers send SIGTERM and SIGUSR1 to every process; the training process alone decides what follows."""
+    """Schedulers send SIGTERM and SIGUSR1 to every process; the training process alone decides what follows, and ends
+    its loaders' processes itself (common.run)."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 

@@ -489,6 +489,8 @@ def test_epochs_and_seeds_draw_anew(videos):
                      for name in ("video", "seed"))
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert len(set(sum(seeds, []))) == 3 * 24                                   # a colour for each clip ever shown
+    clips = batches(dataset(videos, Clips), 0, 3, 13) + batches(dataset(videos, Clips, seed=1), 0, 3, 13)
+    assert len(torch.cat([batch["seed"] for batch in clips]).unique()) == 6 * 13
 
 
 def test_batches_hold_what_the_network_and_the_losses_expect(videos):
@@ -503,7 +505,7 @@ def test_batches_hold_what_the_network_and_the_losses_expect(videos):
     assert batch["clips"].shape == (3, 8, 3, 16, 16) and batch["label"].shape == batch["seed"].shape == (3,)
 
 
-@pytest.mark.parametrize("n", [2, 4])                                           # 4: p, q, and both once more (Fig. 5)
+@pytest.mark.parametrize("n", [2, 4])                                           # 4: p, q, both once more: Fig. 5
 def test_clips_show_the_frames_of_tau_each_in_a_view_of_its_own(videos, monkeypatch, n):
     calls, read = [], Pairs.read
     monkeypatch.setattr(Pairs, "read", lambda self, *args: (calls.append(args), read(self, *args))[1])

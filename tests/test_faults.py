@@ -1,0 +1,724 @@
+"""Run: python -m pytest tests/test_faults.py        The slow part: python tests/soak.py
+
+What happens when a run is killed, a disk full, a file broken, a process dead, a command wrong. "Bit for bit" means equal
+weights on a CPU. A run that dies is a process of its own where the kernel kills it, else this one.
+"""
+import ast
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import data
+import finetune
+import linear_probe
+import pretrain
+import retrieval
+import soak
+from data import toy_video, write_video
+
+SCRIPTS = dict(pretrain=pretrain, finetune=finetune, linear_probe=linear_probe, retrieval=retrieval)
+MODULES = sorted(ROOT.glob("*.py"))
+STEPS = 9                                                                       # 3 epochs of 24 videos in batches of 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """24 training and 6 test videos of two classes, in UCF101's layout; to be read only."""
+    root, lists = tmp_path_factory.mktemp("world"), {"trainlist01.txt": [], "testlist01.txt": []}
+    for n in range(30):
+        cls, group = ("Spin", "Zoom")[n % 2], n // 2 + 1
+        path = f"{cls}/v_{cls}_g{group:02d}_c01.avi"
+        write_video(root / "videos" / path, toy_video(cls, np.random.default_rng(n))[:60])
+        lists["trainlist01.txt" if n < 24 else "testlist01.txt"].append(path)
+    lists["classInd.txt"] = ["1 Spin", "2 Zoom"]
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """The same, to be changed."""
+    return shutil.copytree(world, tmp_path / "copy")
+
+
+def words(world, out, *more):
+    """The command line of a small pre-training."""
+    return [str(word) for word in (
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out, "--arch",
+        "r3d18_narrow", "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--lr",
+        1e-3, "--log-every", 1, "--workers", 0, *more)]
+
+
+def train(world, out, *more):
+    pretrain.main(words(world, out, *more))
+    return stored(out)
+
+
+def stored(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def lines(out, key="loss"):
+    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def same(one, other):
+    """Bit for bit: the weights, the optimiser's moments, the step."""
+    moments = [torch.cat([x.flatten() for state in run["optimizer"]["state"].values() for x in state.values()])
+               for run in (one, other)]
+    return (one["step"] == other["step"] == STEPS and torch.equal(*moments)
+            and all(torch.equal(value, other["model"][name]) for name, value in one["model"].items()))
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of a run that nothing interrupts; to be read only."""
+    out = tmp_path_factory.mktemp("whole")
+    train(world, out)
+    return out
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, action): when step n is done in this process, action() happens. Signals' handlers are put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda *args: on_step(monkeypatch.setattr, *args)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def on_step(setattr, n, action):
+    done = common.Progress.done
+
+    def done_and_more(self, step, *args, **values):
+        if step == n:
+            action()
+        return done(self, step, *args, **values)
+    setattr(common.Progress, "done", done_and_more)
+
+
+def start(target, *args):
+    """A process of its own; the modules are imported once for all of them."""
+    multiprocessing.set_forkserver_preload(["pretrain"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+        process.start()
+    return process
+
+
+# ---------------------------------------------------------------------- interruption
+
+
+def train_and_be_killed(argv, step):
+    torch.set_num_threads(1)
+    on_step(setattr, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    pretrain.main(argv)
+
+
+@pytest.mark.parametrize("step", [2, 5])                                        # before any checkpoint, and mid-epoch
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one_with_other_workers(world, whole, tmp_path, step):
+    process = start(train_and_be_killed, words(world, tmp_path), step)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "checkpoint.pt").exists() == (step > 3)
+    assert same(train(world, tmp_path, "--workers", 2), stored(whole))
+    assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in lines(whole)]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_makes_a_checkpoint_at_once_and_the_resumed_run_is_bit_for_bit(world, whole, tmp_path, at_step, name,
+                                                                               monkeypatch):
+    at_step(4, lambda: os.kill(os.getpid(), getattr(signal, name)))             # mid-epoch, and long before the next line
+    with pytest.raises(SystemExit, match=f"^{name}: saved step 4 of 9; the same command goes on from there$"):
+        train(world, tmp_path, "--log-every", 1000)
+    assert stored(tmp_path)["step"] == 4                                        # a message is exit status 1
+    monkeypatch.undo()
+    assert same(train(world, tmp_path, "--workers", 1), stored(whole))
+
+
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_old_checkpoint_stays_whole(world, whole, tmp_path, at_step,
+                                                                                     monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))    # the kernel cuts files there
+    try:
+        with pytest.raises(OSError, match=r"^cannot write .*checkpoint.pt \(disk full\?\): .*the one before it.* is whole"):
+            train(world, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stored(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    assert same(train(world, tmp_path), stored(whole))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_disk_that_is_full_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, step=1)
+
+    def half(state, file):
+        file.write_bytes(path.read_bytes()[:100])
+        raise error
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        common.save_checkpoint(path, step=2)
+    assert common.load_checkpoint(path) == dict(step=1) and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("survived", [0, 1, 2])                                 # renames
+def test_killed_at_any_moment_of_saving_there_is_a_whole_checkpoint(tmp_path, monkeypatch, survived, damaged):
+    path, replace, renames = tmp_path / "checkpoint.pt", Path.replace, []
+    for step in (1, 2):
+        common.save_checkpoint(path, step=step)
+    if damaged:                                                                 # the newest, so the run went on from 1
+        os.truncate(path, 100)
+
+    def rename_or_die(*args):
+        if len(renames) == survived:
+            raise KeyboardInterrupt
+        renames.append(args)
+        return replace(*args)
+    monkeypatch.setattr(Path, "replace", rename_or_die)
+    try:
+        common.save_checkpoint(path, step=3)
+    except KeyboardInterrupt:
+        pass
+    steps = {0: 1 if damaged else 2, 1: 3 if damaged else 2, 2: 3}
+    assert common.load_checkpoint(path) == dict(step=steps[survived])
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.999])
+def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_it_is_taken(world, whole, tmp_path, capsys, keep):
+    out = shutil.copytree(whole, tmp_path / "out")
+    os.truncate(out / "checkpoint.pt", int((out / "checkpoint.pt").stat().st_size * keep))
+    if keep == 0.5:                                                             # all the way once
+        assert same(train(world, out), stored(whole))
+        assert f"{out}: goes on at step 6 of 9" in (said := capsys.readouterr().err)
+    else:
+        assert common.load_checkpoint(out / "checkpoint.pt")["step"] == 6
+        said = capsys.readouterr().err
+    assert re.search(r"checkpoint.pt is damaged \(\w+\) and passed over", said)
+
+
+def test_a_log_with_a_cut_or_foreign_line_does_not_stop_a_run_from_going_on(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2, "name": "a}\n[3]\n{"loss": 1}\n\xff\n{"step": 2}\n{"step": 3}\n{"st')
+    common.keep_log_until(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_another_number_of_processes_is_refused_with_the_reason(world, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    torch.save(stored(out) | dict(world=2), out / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"processes 2 -> 1; BatchNorm makes the number of processes matter\): give ano"):
+        train(world, out)
+
+
+# ---------------------------------------------------------------------- several processes
+
+WRAPPER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import common, pretrain
+done = common.Progress.done
+def done_or_die(self, step, *args, **values):
+    if step == 5 and self.rank == 1 and not os.path.exists({flag!r}):
+        open({flag!r}, "w").close()
+        {fate}
+    return done(self, step, *args, **values)
+common.Progress.done = done_or_die
+common.run(lambda: pretrain.main(sys.argv[1:]))
+"""
+
+
+def torchrun(world, folder, fate, *flags):
+    """Two processes, of which the second meets its fate at step 5, once -> what torchrun gave, seconds."""
+    wrapper, begun = folder / "wrapper.py", time.monotonic()
+    wrapper.write_text(WRAPPER.format(root=str(ROOT), flag=str(folder / "flag"), fate=fate))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags, str(wrapper)]
+    done = subprocess.run(command + words(world, folder / "out"), capture_output=True, text=True, timeout=240)
+    assert (folder / "flag").exists(), done.stderr[-3000:]
+    return done, time.monotonic() - begun
+
+
+def test_torchruns_own_restart_recovers_a_killed_worker(world, tmp_path):
+    done, _ = torchrun(world, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--max-restarts=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "starts at step 0 of 9" in done.stderr and "goes on at step 3 of 9" in done.stderr
+    assert stored(tmp_path / "out")["step"] == STEPS and [line["step"] for line in lines(tmp_path / "out")] == [*range(1, 10)]
+
+
+def test_a_process_that_fails_ends_all_of_them_with_the_cause(world, tmp_path):
+    done, seconds = torchrun(world, tmp_path, "raise OSError('the lamp fell into the disk')")
+    assert done.returncode != 0 and "error: the lamp fell into the disk" in done.stderr
+    assert seconds < 100                                                        # a minute, and the imports of a busy machine
+    assert stored(tmp_path / "out")["step"] == 3
+
+
+def train_as(rank, world_size, port, argv, folder):
+    """One of several processes. BatchNorm in eval mode: its statistics are each process's own, so they would differ."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    network, wait_for, seen = pretrain.TimeEquivariant, common.Progress.wait_for, []
+    pretrain.TimeEquivariant = lambda *args: network(*args).eval()
+
+    def wait_and_tell(self, batches):
+        batch = wait_for(self, batches)
+        seen.append({name: batch[name] for name in ("video", "pq", "seed", "start")})
+        return batch
+    common.Progress.wait_for = wait_and_tell
+    pretrain.main(argv)
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def curves(world, tmp_path_factory):
+    """{processes: (what each drew at each step, the lines of the log)}"""
+    found = {}
+    for processes in (1, 2, 4):
+        folder = tmp_path_factory.mktemp(f"processes{processes}")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        running = [start(train_as, rank, processes, port, words(world, folder), folder) for rank in range(processes)]
+        for process in running:
+            process.join(240)
+            assert process.exitcode == 0
+        found[processes] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)], lines(folder)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_process_takes_the_same_number_of_steps_and_together_they_draw_what_one_draws(curves, processes):
+    (alone,), _ = curves[1]
+    drawn, _ = curves[processes]
+    assert [len(steps) for steps in drawn] == [STEPS] * processes
+    for step in range(STEPS):
+        for name, value in alone[step].items():
+            assert torch.equal(torch.cat([steps[step][name] for steps in drawn]), value)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_loss_curve_of_one_up_to_rounding_batchnorm_aside(curves, processes):
+    for one, several in zip(curves[1][1], curves[processes][1], strict=True):
+        for name in ("loss", "inst", "equi", "speed", "direction", "order"):
+            assert several[name] == pytest.approx(one[name], rel=2e-4), (one["step"], name)
+    assert len({line["loss"] for line in curves[1][1]}) == STEPS
+
+
+def test_more_processes_than_gpus_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU: .*--nproc_per_node is at most 1 here"):
+        common.init_distributed()
+
+
+# ---------------------------------------------------------------------- broken videos
+
+
+def test_mutated_files_give_frames_or_a_video_error_and_neither_hang_nor_crash(tmp_path):
+    jobs = soak.mutations(soak.originals(tmp_path / "files")[:3], 60)           # the slow part: soak.py
+    assert {what for _, what, _ in jobs} == {"cut", "flip 1", "flip 16", "flip 256", "head 16"}
+    multiprocessing.set_forkserver_preload(["pretrain"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        told = soak.verdicts(jobs)
+    kinds = {verdict for verdict, _ in told}
+    assert len(told) == 60 and kinds == {"all frames", "some frames, then VideoError", "VideoError"}, told
+
+
+def test_a_video_stream_without_a_decoder_is_a_video_error(tmp_path):
+    file = soak.originals(tmp_path / "files")[1]
+    path = tmp_path / "unknown.mp4"
+    path.write_bytes(file.read_bytes().replace(b"avc1", b"none"))               # a codec that nobody knows
+    with pytest.raises(data.VideoError, match="unknown.mp4: no decoder"):
+        data.decode(path, [0])
+
+
+def breaks_after_the_scan(monkeypatch, *damage):
+    """When the videos have been counted, each damage(file) happens to one of them."""
+    loader = pretrain.step_loader
+
+    def damage_and_load(pairs, *args):
+        for k, happens in enumerate(damage):
+            happens(Path(os.fsdecode(pairs.files[5 * k])))
+        return loader(pairs, *args)
+    monkeypatch.setattr(pretrain, "step_loader", damage_and_load)
+
+
+def shorten(file):
+    write_video(file, toy_video("Spin", np.random.default_rng(0))[:3])
+
+
+def garble(file):
+    file.write_bytes(b"garbage" * 100)
+
+
+def test_videos_that_vanish_turn_unreadable_or_end_early_are_replaced_alike_and_named_once(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MAX_BAD", 0.2)
+    breaks_after_the_scan(monkeypatch, Path.unlink, garble, shorten, lambda file: (file.unlink(), file.mkdir()))
+    runs = []
+    for n, workers in enumerate((0, 2)):
+        shutil.copytree(world, tmp_path / f"world{n}")
+        runs.append(train(tmp_path / f"world{n}", tmp_path / f"out{n}", "--workers", workers))
+        named = lines(tmp_path / f"out{n}", "unreadable")
+        assert len(named) == len({line["unreadable"] for line in named}) == lines(tmp_path / f"out{n}")[-1]["replaced"] == 4
+        problems = " | ".join(line["problem"] for line in named)
+        for reason in ("No such file", "Invalid data", "only 3 frames decode", "Is a directory"):
+            assert reason in problems
+    assert same(*runs)
+
+
+def test_more_than_the_stated_share_of_bad_videos_stops_the_run_and_says_so(copy, tmp_path, monkeypatch):
+    breaks_after_the_scan(monkeypatch, Path.unlink, garble)                     # 2 of 24 are more than 5 %
+    with pytest.raises(ValueError, match="^2 of 24 videos turned out to be unreadable, more than 5%: .*log.jsonl names th"):
+        train(copy, tmp_path / "out")
+
+
+def test_an_error_of_a_loaders_process_is_one_sentence(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MAX_BAD", 1)
+    breaks_after_the_scan(monkeypatch, *[Path.unlink] * 5)
+    monkeypatch.setattr(data.Pairs, "read", lambda self, v, *_: data.decode(self.files[0].decode(), [0]))
+    sentence = fails(lambda argv: pretrain.main(argv), words(copy, tmp_path / "out", "--workers", 1))
+    assert re.fullmatch(r"\S+: error: 10 videos in a row are unreadable, the last: .*: No such file or directory", sentence)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """network[0]: the model that pretrain.main or finetune.main trains."""
+    made, build, head = [], pretrain.TimeEquivariant, finetune.classifier
+    monkeypatch.setattr(pretrain, "TimeEquivariant", lambda *args: made.append(build(*args)) or made[-1])
+    monkeypatch.setattr(finetune, "classifier", lambda *args: made.append(head(*args)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("name, said", [("speed", r"the loss is not finite: inst [\d.]+, equi [\d.]+, speed nan, direc"),
+                                        ("psi", "similarities are not finite: a feature is NaN")])
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_videos_and_keeps_the_checkpoint(
+        world, tmp_path, network, at_step, name, said):
+    at_step(4, lambda: torch.nn.init.constant_(network[0].heads[name][-1].weight, float("nan")))
+    with pytest.raises(ValueError, match=f"^step 5: {said}") as caught:
+        train(world, tmp_path)
+    assert len(set(re.findall(r"v_\w+\.avi", str(caught.value)))) == 8 and "is from before" in str(caught.value)
+    assert stored(tmp_path)["step"] == 3
+
+
+def test_fine_tuning_stops_at_a_loss_that_is_not_finite_too(world, whole, tmp_path, network, at_step):
+    at_step(2, lambda: torch.nn.init.constant_(network[0][-1].weight, float("inf")))
+    with pytest.raises(ValueError, match=r"^step 3: the loss is not finite: cross entropy nan \(.*the videos: ") as caught:
+        finetune.main(judging("finetune", world, whole, tmp_path, "--batch-size", 8, "--epochs", 2))
+    assert len(set(re.findall(r"v_\w+\.avi", str(caught.value)))) == 8
+
+
+def test_weights_and_statistics_that_are_not_finite_are_never_saved(world, tmp_path, network, at_step):
+    at_step(3, lambda: network[0].backbone.stem[1].running_var.fill_(float("inf")))   # training does not use it
+    with pytest.raises(ValueError, match="^step 3: 1 weights are not finite, the first backbone.stem.1.running_var"):
+        train(world, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "backbone.pt").exists()
+
+
+def test_an_fp16_step_that_overflows_is_left_out_and_logged(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor, expected in ((float("inf"), dict(overflow=1, loss_scale=1)), (1, dict(overflow=0, loss_scale=1))):
+        before = weight.item()
+        scaler.scale((weight * factor).sum()).backward()
+        assert common.step_scaled(scaler, optimizer, weight.sum()) == expected
+        assert (weight.item() == before) == (expected["overflow"] == 1)
+        optimizer.zero_grad()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    assert common.step_scaled(off, optimizer, weight.sum()) == {}
+
+
+# ---------------------------------------------------------------------- security
+
+
+def calls(file):
+    """(name of a called function as written, {keyword: value}) of every call in a module."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+
+def test_files_are_loaded_without_running_what_is_in_them_and_nothing_goes_through_a_shell():
+    loads = 0
+    for file in MODULES:
+        for name, keywords in calls(file):
+            assert name != "torch.load" or keywords["weights_only"] == "True", file
+            assert name not in ("np.load", "numpy.load") or keywords.get("allow_pickle", "False") == "False", file
+            assert not re.match(r"(os\.(system|popen|exec|spawn)|subprocess|pickle|joblib|eval$|exec$|yaml)", name), file
+            assert "shell" not in keywords, file
+            loads += name == "torch.load"
+        imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(file.read_text()))
+                    if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        assert not imported & {"pickle", "subprocess", "marshal", "shelve", "joblib"}
+    assert loads == 2
+
+
+class Payload:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_not_run(world, tmp_path, capsys, legacy):
+    evil, out = tmp_path / "evil.pt", tmp_path / "out"
+    torch.save(dict(step=1, model=Payload(tmp_path / "ran")), evil)
+    if legacy:
+        evil.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    out.mkdir()
+    shutil.copy(evil, out / "checkpoint.pt")
+    assert common.load_checkpoint(out / "checkpoint.pt") is None
+    assert "checkpoint.pt is damaged (UnpicklingError) and passed over" in capsys.readouterr().err
+    assert "is not a file of tensors" in fails(retrieval.main, judging("retrieval", world, tmp_path, out, "--checkpoint", evil))
+    assert not (tmp_path / "ran").exists()
+    torch.load(evil, weights_only=False)                                        # it is a payload
+    assert (tmp_path / "ran").exists()
+
+
+def test_file_names_of_any_bytes_are_trained_on_and_retrieved(world, whole, tmp_path):
+    root = os.fsencode(tmp_path / "names")
+    names = [b"caf\xe9", b"[a] (b) {c}; $(touch x) & '\"`", b"-i", b"concat:x", b"%03d*?", b"new\nline", b"\xff\xfe", b" blank "]
+    for n, name in enumerate(names):
+        folder = os.path.join(root, (b"-class \xe9", b"[other]")[n % 2])
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(sorted((world / "videos" / "Spin").iterdir())[n], os.path.join(folder, name + b".avi"))
+    flags = ("--dataset", "folder", "--data", os.fsdecode(root), "--epochs", "1")
+    train(world, tmp_path / "out", *flags)
+    retrieval.main(judging("retrieval", world, whole, tmp_path, "--dataset", "folder", "--gallery", os.fsdecode(root), "--query",
+                           os.fsdecode(root), "--k", 1, "--features", tmp_path / "x.npz", "--picture", tmp_path / "x.png"))
+    found = json.loads((tmp_path / "retrieval-folder.json").read_text())["splits"][0]["neighbours"]
+    assert {os.path.basename(os.fsencode(path)) for path in found} == {name + b".avi" for name in names}
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
+        assert {os.fsencode(str(path)) for path in arrays["query_paths"]} == {os.fsencode(path) for path in found}
+
+
+# ---------------------------------------------------------------------- wrong invocations
+
+
+def fails(main, argv):
+    """What is said where main ends as `common.run` has it: exit status not 0, one sentence, no traceback."""
+    with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["SCRIPT", *map(str, argv)])
+        common.run(lambda: main([str(word) for word in argv]))
+    assert left.value.code not in (0, None)
+    if isinstance(left.value.code, str):
+        assert "Traceback" not in left.value.code and "\n" not in left.value.code
+    return str(left.value.code)
+
+
+def judging(script, world, whole, out, *more):
+    """The command line of a judging script."""
+    return [str(word) for word in (
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--checkpoint", whole / "backbone.pt",
+        "--windows", 1, "--workers", 0, "--out", out, *(("--crops", "centre") if script == "finetune" else ()), *more)]
+
+
+def write(file, content):
+    """A file below the test's folder -> its path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content) if isinstance(content, bytes) else file.write_text(content)
+    return file
+
+
+def tensors(file, value):
+    torch.save(value, file)
+    return file
+
+
+def lists(here, **changed):
+    """A copy of the lists with one changed -> its folder."""
+    for name, content in (dict(classInd="1 Spin\n2 Zoom\n", trainlist01="Spin/v_Spin_g01_c01.avi\n",
+                               testlist01="Spin/v_Spin_g01_c01.avi\n") | changed).items():
+        write(here / "lists" / f"{name}.txt", content)
+    return here / "lists"
+
+
+def diving(here, content):
+    write(here / "Diving48_V2_train.json", content)
+    return "--dataset", "diving48", "--annotations", here
+
+
+def hmdb(here, line):
+    write(here / "wave_test_split1.txt", line)
+    return "--dataset", "hmdb51", "--annotations", here
+
+
+def short(here):
+    """Two videos of three frames."""
+    for name in "ab":
+        write_video(here / "short" / f"{name}.avi", toy_video("Spin", np.random.default_rng(0))[:3])
+    return "--dataset", "folder", "--data", here / "short"
+
+
+def empty(here):
+    (here / "empty").mkdir()
+    return here / "empty"
+
+
+WRONG = [                                                                       # script, flags (of a folder), what is said
+    # flags
+    ("pretrain", lambda here: ["--epoch", 3], "unrecognized arguments: --epoch 3"),
+    ("pretrain", lambda here: ["--epochs", 0], "--epochs must be at least 1, but is 0"),
+    ("pretrain", lambda here: ["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    ("pretrain", lambda here: ["--lr", 0], "--lr must be above 0, but is 0"),
+    ("pretrain", lambda here: ["--lr", "nan"], "--lr must be above 0, but is nan"),
+    ("pretrain", lambda here: ["--lam", -0.1], "--lam must be above 0, but is -0.1"),
+    ("pretrain", lambda here: ["--lam", 1e-9], "step 1: similarities are not finite: .* lam=1e-09 is too small"),
+    ("pretrain", lambda here: ["--weight-decay", -1], "--weight-decay must be at least 0, but is -1"),
+    ("pretrain", lambda here: ["--weight-decay", "inf"], "--weight-decay must be at most .*, but is inf"),
+    ("pretrain", lambda here: ["--warmup-epochs", "inf"], "--warmup-epochs must be at most .*, but is inf"),
+    ("pretrain", lambda here: ["--warmup-epochs", "nan"], "--warmup-epochs must be at least 0, but is nan"),
+    ("pretrain", lambda here: ["--losses", "inst", "revers"], "argument --losses: invalid choice: 'revers'"),
+    ("pretrain", lambda here: ["--losses"], "argument --losses: expected at least one argument"),
+    ("pretrain", lambda here: ["--speeds", 0, 1], "--speeds must lie between 1 and 1023"),
+    ("pretrain", lambda here: ["--speeds", 30], "shorter than 91 frames.*too few to train on"),
+    ("pretrain", lambda here: ["--equivariance", "spatial"], "--equivariance spatial .*--losses inst equi only"),
+    ("pretrain", lambda here: ["--accumulate", 3], "--batch-size 8 does not split .* in 3 part.*a multiple of 6"),
+    ("pretrain", lambda here: ["--knn-every", 1, *unlabelled(here)], "--knn-every needs labels"),
+    ("pretrain", lambda here: ["--log-every", 0], "--log-every must be at least 1, but is 0"),
+    ("pretrain", lambda here: ["--seed", -1], "--seed must be at least 0, but is -1"),
+    ("pretrain", lambda here: ["--seed", 2 ** 64], f"--seed must be at most {2 ** 63 - 1}, but is {2 ** 64}"),
+    ("linear_probe", lambda here: ["--C", "big"], "--C must be a number above 0, or auto"),
+    ("linear_probe", lambda here: ["--C", "nan"], "--C must be a number above 0, or auto"),
+    ("retrieval", lambda here: ["--k", 0], "--k must be at least 1, but is 0"),
+    ("retrieval", lambda here: ["--k", 25], "--k 25 is larger than the gallery, ucf101 train split 1: 24 videos"),
+    ("retrieval", lambda here: ["--picture", "sheet.doc"], "--picture must end in .png or .jpg, but is sheet.doc"),
+    ("retrieval", lambda here: ["--features", "found.csv"], "--features must end in .npz, but is found.csv"),
+    ("retrieval", lambda here: ["--windows", 0], "--windows must be at least 1, but is 0"),
+    ("finetune", lambda here: ["--step", 0], "--step must be at least 1, but is 0"),
+    ("finetune", lambda here: ["--test"], "--test: .* holds no checkpoint: train first"),
+    ("finetune", lambda here: ["--crops", "five"], "argument --crops: invalid choice: 'five'"),
+    ("preview", lambda here: ["--group", 15], "--group must lie between 0 and 14, but is 15"),
+    # sizes
+    ("pretrain", lambda here: ["--frames", 1], "--frames must be at least 2, but is 1"),
+    ("pretrain", lambda here: ["--frames", 61], "24 shorter than 61 frames.*too few to train on"),
+    ("pretrain", lambda here: ["--size", 7], "--size must be at least 8, but is 7"),
+    ("retrieval", lambda here: ["--size", 10 ** 9], "--size must be at most 1024, but is 1000000000"),
+    ("pretrain", lambda here: ["--batch-size", 7], "--batch-size 7 does not split .*a multiple of 2"),
+    ("pretrain", lambda here: ["--batch-size", 26], "--batch-size 26 is larger than the 24 usable videos"),
+    ("finetune", lambda here: ["--batch-size", 25], "--batch-size 25 is larger than the 24 usable videos"),
+    ("pretrain", lambda here: short(here), "2 shorter than 4 frames: a.avi, b.avi; too few to train on"),
+    # paths
+    ("pretrain", lambda here: ["--data", here / "none"], "the video folder .*none does not exist"),
+    ("pretrain", lambda here: ["--data", write(here / "a.avi", "")], "the video folder .*a.avi does not exist"),
+    ("pretrain", lambda here: ["--dataset", "folder", "--data", empty(here)], "looked for videos in .*empty, found 0"),
+    ("pretrain", lambda here: ["--out", write(here / "taken", "")], r"File exists: .*taken"),
+    ("pretrain", lambda here: ["--index", here], r"Is a directory"),
+    ("retrieval", lambda here: ["--gallery", here / "none"], "there is no folder .*none; a gallery or query is"),
+    ("retrieval", lambda here: ["--query", here], "looked for videos in .*, found 0"),
+    ("preview", lambda here: ["--out", here], "Is a directory"),
+    # lists
+    ("pretrain", lambda here: ["--annotations", here / "none"], "no list trainlist01.txt in .*none.* \\(--annotations\\)"),
+    ("pretrain", lambda here: ["--annotations", lists(here, classInd="Spin\n")], "classInd.txt has a line of one word, 'Spin'"),
+    ("pretrain", lambda here: ["--annotations", lists(here, trainlist01="")], "looked for videos in .*found 0"),
+    ("pretrain", lambda here: ["--annotations", lists(here, trainlist01="Fly/a.avi\n")], "is of class 'Fly', which the list"),
+    ("pretrain", lambda here: ["--annotations", lists(here, trainlist01="Spin/none.avi\n")],
+     "looked for 1 listed videos in .*, found 0; the first missing: Spin/none.avi"),
+    ("finetune", lambda here: ["--annotations", lists(here, trainlist01="../a.avi\n")], "names '../a.avi', which lies outside"),
+    ("pretrain", lambda here: ["--annotations", lists(here)], "1 videos, 1 usable; too few to train on"),
+    ("linear_probe", lambda here: ["--annotations", lists(here)], "1 of 1 test videos are training videos too"),
+    ("pretrain", lambda here: hmdb(here, "one.avi\n"), "wave_test_split1.txt has a line of one word, 'one.avi'"),
+    ("pretrain", lambda here: diving(here, "[{"), "Diving48_V2_train.json is not a list of objects with vid_name and label"),
+    ("pretrain", lambda here: diving(here, '[{"vid_name": "a"}]'), "with vid_name and label: KeyError"),
+    ("pretrain", lambda here: diving(here, "7"), "with vid_name and label: TypeError"),
+    ("pretrain", lambda here: diving(here, '[{"vid_name": "a", "label": 48}]'), "is of class '48', which the list of classes"),
+    # splits
+    ("pretrain", lambda here: ["--split", 4], "argument --split: invalid choice: 4"),
+    ("pretrain", lambda here: ["--split", 2], "no list trainlist02.txt"),
+    ("pretrain", lambda here: ["--dataset", "diving48", "--split", 2], "--dataset diving48 has one split, 1, but --split is 2"),
+    ("finetune", lambda here: ["--split", 1, 3], "no list trainlist03.txt"),
+    ("linear_probe", lambda here: unlabelled(here), "has no labels to learn"),
+    # checkpoints
+    ("finetune", lambda here: ["--checkpoint", here / "none.pt"], "there is no file .*none.pt"),
+    ("retrieval", lambda here: ["--checkpoint", here], "there is no file"),
+    ("retrieval", lambda here: ["--checkpoint", write(here / "a.pt", "text")], "a.pt is not a file of tensors"),
+    ("retrieval", lambda here: ["--arch", "s3dg"], "backbone.pt holds r3d18_narrow, but arch is s3dg"),
+    ("retrieval", lambda here: ["--checkpoint", tensors(here / "a.pt", {3: torch.ones(1)})], "a.pt holds no state dict"),
+    ("retrieval", lambda here: ["--checkpoint", tensors(here / "a.pt", dict(args=[1], backbone={"a": torch.ones(1)}))],
+     "a.pt holds no state dict"),
+    ("linear_probe", lambda here: ["--checkpoint", tensors(here / "a.pt", {"a": torch.ones(1)})],
+     "does not say which network it holds: give arch, one of"),
+    ("pretrain", lambda here: ["--out", tensors(here / "checkpoint.pt", {"a": torch.ones(1)}).parent],
+     "checkpoint.pt is not a checkpoint of this script: give another --out"),
+    # devices
+    ("pretrain", lambda here: ["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
+    ("pretrain", lambda here: ["--workers", -1], "--workers must be at least 0, but is -1"),
+    pytest.param("pretrain", lambda here: ["--sync-bn"], "--sync-bn needs GPUs", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a GPU")),
+]
+
+
+def unlabelled(here):
+    """Two videos without class folders."""
+    for name in "ab":
+        write_video(here / "plain" / f"{name}.avi", toy_video("Spin", np.random.default_rng(0))[:60])
+    return "--dataset", "folder", "--data", here / "plain"
+
+
+@pytest.mark.parametrize("script, flags, said", WRONG)
+def test_a_wrong_invocation_ends_in_one_sentence(world, whole, tmp_path, monkeypatch, capsys, script, flags, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    more = flags(tmp_path / "here")
+    if script == "preview":
+        main, argv = data.preview, ["--dataset", "folder", "--data", world / "videos", "--frames", 4, *more]
+    elif script == "pretrain":
+        main, argv = pretrain.main, words(world, tmp_path / "out", *more)
+    else:
+        main, argv = SCRIPTS[script].main, judging(script, world, whole, tmp_path / "out", *more)
+    code = fails(main, argv)
+    error = capsys.readouterr().err.splitlines()[-1] if code == "2" else code   # 2: argparse has said it
+    assert ": error: " in error and re.search(said, error), error
+
+
+def test_the_table_has_at_least_forty_wrong_invocations_of_all_five_scripts():
+    rows = [getattr(row, "values", row) for row in WRONG]
+    assert len(rows) >= 40 and {row[0] for row in rows} == {*SCRIPTS, "preview"}
+
+
+def test_data_py_as_a_script_ends_in_one_sentence_too(world, copy, tmp_path, monkeypatch):
+    index = tmp_path / "index.json"
+    argv = ["data.py", "preview", "--dataset", "folder", "--data", str(copy / "videos"), "--frames", "4", "--size", "16",
+            "--index", str(index), "--workers", "0", "--out", str(tmp_path / "new" / "figure.png")]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    assert (tmp_path / "new" / "figure.png").stat().st_size > 1000
+    for file in copy.rglob("*.avi"):                                            # broken, but not to be seen from outside
+        stat = file.stat()
+        file.write_bytes(bytes(stat.st_size))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(SystemExit, match="^data.py: error: 10 videos in a row are unreadable, the last: .*Invalid data"):
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["count"]])
+def test_data_py_without_a_command_says_which_there_are(monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+    with pytest.raises(SystemExit, match="^usage: python data.py {preview"):
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
