@@ -129,7 +129,13 @@ def init_distributed():
     if rank:
         sys.stdout = open(os.devnull, "w")                                      # one process tells
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == str(world):
+            # torchrun's store outlives a restart: without a name for each start, the addresses of dead processes are
+            # found there (pytorch issue 135712). On several machines the count of restarts need not agree.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -328,7 +334,7 @@ class Progress:
         return batch
 
     def done(self, step, videos, lr, **values):
-        """A step is done. Every log_every steps the means since the last log are logged.
+        """A step is done. Every log_every steps, and before a stop, the means since the last log are logged.
 
         values: 0-dim tensors, and 1-dim *_shares, of which the log has the largest, as *_chance.
         -> the name of a signal that asks to stop, or None. ValueError: more than MAX_BAD of the videos were replaced.
@@ -341,8 +347,9 @@ class Progress:
         self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        if step % self.log_every and step < self.steps:
-            return self.signals[0] if self.signals and self.world == 1 else None    # several must stop at one step
+        asked = torch.tensor(float(bool(self.signals)), device=self.device)     # to stop, which all do at one step
+        if step % self.log_every and step < self.steps and not mean_over_processes(dict(asked=asked))["asked"]:
+            return None
         means = mean_over_processes({name: value / self.count for name, value in self.sums.items()})
         means = {name.replace("_shares", "_chance"): max(value) if isinstance(value, list) else value
                  for name, value in means.items()}                              # chance: always the most frequent class

@@ -715,7 +715,6 @@ def preview(argv):
     if not 0 <= args.group < len(pairs):
         raise ValueError(f"--group must lie between 0 and {len(pairs) - 1}, but is {args.group}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).touch()                              # torchvision's errors are no sentences
     TF.to_pil_image(figure2(pairs, pairs[0, args.group])).save(args.out)
     print(f"{report}\n{args.out}: group {args.group}")
 

@@ -158,11 +158,11 @@ def decode_on(decodes, restarts, workers):
         (root / "000.avi").write_bytes(files[0].read_bytes()[:2000])
         steps, told, wrong, begun = decodes // 2 // restarts, [], [], time.monotonic()
         for restart in range(restarts):
-            rows = [batch["held"][0] for batch in step_loader(pairs, 1, restart * steps, (restart + 1) * steps, workers)]
-            for worker in range(workers):                                       # (steps / workers, 2)  kB, files
-                mine = torch.stack([row[1:] for row in rows if row[0] == worker]).double()
-                middle, end = (mine[at - len(mine) // 20 - 1:at].median(0).values
-                               for at in (len(mine) // 2, len(mine)))
+            rows = [batch["held"][0].tolist() for batch in                      # lists: tensors would keep a file open
+                    step_loader(pairs, 1, restart * steps, (restart + 1) * steps, workers)]
+            for worker in range(workers):
+                mine = np.array([row[1:] for row in rows if row[0] == worker])  # (steps / workers, 2)  kB, files
+                middle, end = (np.median(mine[at - len(mine) // 20 - 1:at], axis=0) for at in (len(mine) // 2, len(mine)))
                 told.append((*middle.tolist(), *end.tolist()))
             parent = held()
             print(f"restart {restart + 1}: {(restart + 1) * steps * 2} decodes, {time.monotonic() - begun:.0f} s; the "
