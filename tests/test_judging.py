@@ -486,7 +486,7 @@ import torch.distributed as dist
 sys.path.insert(0, {root!r})
 import finetune, linear_probe, retrieval
 dist.init_process_group("gloo")                                                 # one group for the three
-dist.init_process_group = dist.destroy_process_group = lambda *args: None
+dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
 average = finetune.average_crops
 def spy(*args, **kwargs):
     scores, failed = average(*args, **kwargs)

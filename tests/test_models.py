@@ -256,7 +256,7 @@ def test_batchnorm_in_phi_sees_the_clips_p_and_q_as_one_batch():
 
 @pytest.mark.parametrize("losses", [[], ["inst", "revers"], "inst"])
 def test_unknown_or_no_losses_are_refused_with_the_choices(losses):
-    with pytest.raises(ValueError, match="must be one or more of inst, equi, speed, direction, order$"):
+    with pytest.raises(ValueError, match="must be one or more of inst, equi, speed, direction, order, distinct$"):
         TimeEquivariant("r3d18_narrow", losses)
 
 
