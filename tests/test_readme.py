@@ -12,19 +12,22 @@ import pretrain
 import retrieval
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-UCF = "--dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist"
+README = (ROOT / "README.md").read_text().replace("\\\n", " ")                  # a command's lines joined
+SHORT = {"U": "--dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist",     # what README writes for short
+         "C": "--checkpoint runs/ucf101-r3d18_narrow/backbone.pt"}
 PARSERS = {"pretrain.py": pretrain.parse_args, "linear_probe.py": linear_probe.parse_args,
            "retrieval.py": retrieval.parse_args, "finetune.py": finetune.parse_args}
 
 
 def commands():
-    """The commands of README for our scripts, with its U written out: (script, its arguments)."""
+    """The commands of README for our scripts, with U and C written out: (script, its arguments)."""
     found = []
-    for text in re.findall(r"`([^`\n]*?\b\w+\.py\b[^`\n]*)`", README) + re.findall(r"^(?:python|torchrun) .*$", README, re.M):
+    inline, lines = r"`([^`\n]*?\b\w+\.py\b[^`\n]*)`", r"^(?:python|torchrun|srun) .*$"
+    for text in re.findall(inline, README) + re.findall(lines, README, re.M):
         for script, rest in re.findall(r"(?:python|torchrun [^&]*?) (\w+\.py)([^&|]*)", text):
             if script in PARSERS and "..." not in rest:
-                found.append((script, shlex.split(re.sub(r"\bU\b", UCF, rest.split("#")[0]))))
+                words = re.sub(r"(?<!-)\b[UC]\b", lambda short: SHORT[short[0]], rest.split("#")[0])
+                found.append((script, shlex.split(words)))
     return found
 
 
