@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -161,6 +160,13 @@ def gather_objects(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def share_buffers(network):
+    """Give every process the first one's BatchNorm statistics, which a checkpoint has (DDP does so a step late)."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def on_first(function, *args, **kwargs):

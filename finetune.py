@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, shared_parser,
-                    step_scaled, told, warmup_cosine, write_result)
+                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, share_buffers,
+                    shared_parser, step_scaled, told, warmup_cosine, write_result)
 from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
@@ -107,9 +107,7 @@ def train(network, split, index, args, out, rank, world, device):
 
 def test(network, split, index, args, device):
     """Sec. 3.4: the class of highest probability, averaged over windows and crops; a failed video is wrong -> dict."""
-    if dist.is_initialized():
-        for buffer in network.buffers():                                        # BatchNorm's; the first process saves
-            dist.broadcast(buffer, 0)
+    share_buffers(network)
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
     network.eval()
     scores, failed = average_crops(network, windows, args.size, args.crops, device, args.amp, args.workers,

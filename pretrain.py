@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
-                    resume, run, save, save_checkpoint, shared_parser, step_scaled, warmup_cosine)
+                    resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
+                    warmup_cosine)
 from data import Pairs, Windows, colour, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TERMS, TimeEquivariant
@@ -136,7 +137,7 @@ def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
     paths = paths[::-(-len(paths) // most)]
     label = dict(zip(split.paths, split.labels))
     windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
-    backbone.eval()
+    share_buffers(backbone.eval())
     x, failed = average_crops(backbone, windows, args.size, "centre", device, args.amp, args.workers, title="k-NN")
     backbone.train()
     read = [n for n in range(len(paths)) if n not in failed]
