@@ -310,14 +310,16 @@ def copy(videos, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the files that are decoded by scans from now on."""
-    names, count = [], data.count_frames
-    monkeypatch.setattr(data, "count_frames", lambda file: (names.append(Path(file).name), count(file))[1])
+    names, examine = [], data.examine
+    monkeypatch.setattr(data, "examine", lambda file: (names.append(Path(file).name), examine(file))[1])
     return names
 
 
 def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted):
     split = load_split("folder", videos)
-    expected = {path: (length, 24, 32, "") for path, length in LENGTHS.items()}
+    expected = {path: data.examine(videos / path) for path in LENGTHS}
+    assert {path: entry[:4] for path, entry in expected.items()} == {p: (n, 24, 32, "") for p, n in LENGTHS.items()}
+    del counted[:]
     assert scan(split, tmp_path / "new" / "index.json", workers=2) == expected and len(counted) == 13
     assert scan(split, tmp_path / "new" / "index.json") == expected and len(counted) == 13
     assert scan(split) == scan(split) == expected and len(counted) == 26         # remembered in the user's cache
@@ -332,11 +334,12 @@ def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
     os.utime(copy / "walk/01.avi", ns=(0, times[0]))                            # another size at the same time
     os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))                         # another time
     del counted[:]
-    assert scan(split, index)["walk/01.avi"] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
+    assert scan(split, index)["walk/01.avi"][:4] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"\xff\x00", b'{"run/00.avi": [1', b"[]", b"null", b"7",
-                                    b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}'])
+                                    b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}',
+                                    b'{"run/00.avi": [1, 2, 20, 24, 32, ""]}'])
 def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage):
     split, index = load_split("folder", videos), tmp_path / "index.json"
     before = scan(split, index)
@@ -352,16 +355,16 @@ def test_unreadable_files_are_reported_with_the_problem(copy, tmp_path):
     os.rename(copy / "walk/01.avi", copy / os.fsdecode(b"walk/caf\xe9.avi"))
     split = load_split("folder", copy)
     index = scan(split, tmp_path / "index.json")
-    assert index["run/00.avi"] == (0, 0, 0, "Invalid data found when processing input")
-    assert index["run/02.avi"][0] < 26 and index[os.fsdecode(b"walk/caf\xe9.avi")] == (23, 24, 32, "")
+    assert index["run/00.avi"] == (0, 0, 0, "Invalid data found when processing input", "")
+    assert index["run/02.avi"][0] < 26 and index[os.fsdecode(b"walk/caf\xe9.avi")][:4] == (23, 24, 32, "")
     assert scan(split, tmp_path / "index.json") == index
 
 
 def planned(total, missing=0, unreadable=0, short=0, cut=0):
     """A split and its index, made up: so many videos missing, unreadable, short, unreadable after 20 frames."""
     paths = [f"{k:03d}.avi" for k in range(total)]
-    kinds = [(0, 0, 0, "no moov")] * unreadable + [(9, 8, 8, "")] * short + [(20, 8, 8, "bad")] * cut
-    index = dict(zip(paths[missing:], kinds + [(99, 8, 8, "")] * total))
+    kinds = [(0, 0, 0, "no moov", "")] * unreadable + [(9, 8, 8, "", "")] * short + [(20, 8, 8, "bad", "")] * cut
+    index = dict(zip(paths[missing:], kinds + [(99, 8, 8, "", "")] * total))
     return Split("plan", Path("x"), paths, [None] * total, [], {p: Path(p) for p in index}, paths[:missing]), index
 
 
@@ -527,7 +530,7 @@ def test_clips_for_fine_tuning_are_labelled_and_play_forwards_at_the_step_that_f
     asked = []
     monkeypatch.setattr(data, "decode", lambda *args: asked.append(args) or torch.zeros(8, 3, 16, 16))
     (batch,) = batches(dataset(videos, Clips), 0, 1, items=13)
-    for (file, frames, _, boxes), label in zip(asked, batch["label"].tolist(), strict=True):
+    for (file, frames, _, boxes, _), label in zip(asked, batch["label"].tolist(), strict=True):
         path = str(Path(file).relative_to(videos))
         step = min(4, (LENGTHS[path] - 1) // 7)
         assert path.startswith(["run", "walk"][label]) and len(set(boxes)) == 1
@@ -601,7 +604,7 @@ def test_a_group_shares_what_its_equivariance_says_and_nothing_else(videos, monk
 def test_windows_are_whole_frames_and_unreadable_videos_are_told_not_replaced(copy):
     split = load_split("folder", copy)
     index = scan(split)
-    windows = Windows(split, index | {"run/00.avi": (0, 0, 0, "bad")}, T=8, size=14, windows=3)
+    windows = Windows(split, index | {"run/00.avi": (0, 0, 0, "bad", "")}, T=8, size=14, windows=3)
     os.truncate(copy / "run/02.avi", 100)
     frames = sum(eval_windows(index[split.paths[5]][0], 8, 4, 3), [])
     v, clip, problem = windows[5]
