@@ -535,8 +535,8 @@ def hue(x, shift):
     chroma = high - low
     h = torch.where(high == green, 2 * chroma + blue - red, 4 * chroma + red - green)
     h = torch.where(high == red, green - blue, h).div_(chroma.clamp(min=1e-6)).add_(6 * shift)
-    away = torch.cat([h, h - 2, h - 4], dim=-3)                                 # a value is high within 1 of its colour,
-    return away.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)   # low from 2 on, round the circle
+    away = torch.cat([h, h - 2, h - 4], dim=-3)                                 # from red, green and blue: a value is
+    return away.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)   # high up to 1 away, low from 2 on
 
 
 COLOURS = brightness, contrast, saturation, hue                                 # in the order of ColorJitter
