@@ -598,7 +598,7 @@ MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)   # paper
 
 # paper silent: no figures for crop and colour; area from the authors' earlier code, colour from SimCLR [10], no blur
 CROP = v2.RandomResizedCrop(1, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3))
-COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+JITTER, JITTERED, GREY = v2.ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8, 0.2            # the last two: probabilities
 
 
 @contextmanager
@@ -617,23 +617,77 @@ def draw_view(height, width, seed):
     return (crop["top"] / height, crop["left"] / width, crop["height"] / height, crop["width"] / width), flip
 
 
+def brightness(x, factor):
+    return x * factor
+
+
+def contrast(x, factor):
+    return torch.lerp(TF.rgb_to_grayscale(x).mean((-3, -2, -1), keepdim=True), x, factor)
+
+
+def saturation(x, factor):
+    return torch.lerp(TF.rgb_to_grayscale(x), x, factor)
+
+
+def hue(x, shift):
+    """Darkest and brightest value stay; the third follows from HSV's angle h, in sixths of a turn: red 0, green 2."""
+    red, green, blue = x.split(1, dim=-3)
+    high = torch.maximum(torch.maximum(red, green), blue)                       # amax is slow over so few
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    h = torch.where(high == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    h = torch.where(high == red, green - blue, h).div_(chroma.clamp(min=1e-6)).add_(6 * shift)
+    away = torch.cat([h, h - 2, h - 4], dim=-3)                                 # from red, green and blue: a value is
+    return away.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)   # high up to 1 away, low from 2 on
+
+
+COLOURS = brightness, contrast, saturation, hue                                 # in the order of ColorJitter
+
+
+def draw_colour(seed):
+    """The colour part of σ, as torchvision's ColorJitter and RandomGrayscale draw it.
+
+    -> [(place in COLOURS, factor or shift), ...] in the order in which they are applied: at most five.
+    """
+    with seeded(seed):
+        steps = []
+        if torch.rand(()) < JITTERED:
+            drawn = JITTER.make_params([])
+            steps = [(k, drawn[f"{COLOURS[k].__name__}_factor"]) for k in drawn["fn_idx"].tolist()]
+        return steps + [(COLOURS.index(saturation), 0.0)] * (torch.rand(()).item() < GREY)
+
+
 def colour(clips, seeds):
     """The colour part of σ ~ S, constant over a clip, drawn for each clip on its own; then the network's input.
 
-    clips: uint8 (N, T, 3, H, W) on any device; seeds: N ints -> float32 (N, 3, T, H, W).
+    clips: uint8 (N, T, 3, H, W) on any device, which is not waited for; seeds: N ints -> float32 (N, 3, T, H, W).
+    Equals torchvision's v2 on floats (on uint8, which v2 cuts off after each step, it is 1.1 of 255 darker on average).
     """
-    jittered = []
-    for clip, seed in zip(clips, seeds):
-        with seeded(seed):
-            jittered.append(COLOUR(clip))                                       # (T, 3, H, W)
-    return normalise(torch.stack(jittered))
+    few = max(1, 2 ** 20 // clips[0].numel()) if clips.device.type == "cpu" else len(clips)     # what fits its cache
+    return torch.cat([normalise(jitter(part, seeds[few * k:])) for k, part in enumerate(clips.split(few))])
+
+
+def jitter(clips, seeds):
+    """`colour` before normalisation: in the n-th round, each clip's n-th step -> float32 (N, T, 3, H, W), 0 ... 255."""
+    rounds = defaultdict(list)
+    for clip, seed in zip(range(len(clips)), seeds):
+        for n, (k, factor) in enumerate(draw_colour(seed)):
+            rounds[n, k].append((clip, factor))
+    drawn = sum(rounds.values(), [])
+    drawn = torch.tensor(drawn, pin_memory=clips.is_cuda).view(len(drawn), 2).to(clips.device, non_blocking=True)
+    parts = dict(zip(rounds, drawn.split([len(part) for part in rounds.values()])))
+    x = clips.float()
+    for n, k in sorted(rounds):
+        row, factor = parts[n, k].unbind(1)
+        row, factor = row.long(), factor.view(-1, 1, 1, 1, 1)
+        x[row] = COLOURS[k](x[row], factor).clamp_(0, 255)
+    return x
 
 
 def normalise(clips):
-    """uint8 (N, T, 3, H, W) -> float32 (N, 3, T, H, W), channels last in memory."""
-    clips = clips.transpose(1, 2).to(torch.float32, memory_format=torch.channels_last_3d)
-    mean, std = (torch.tensor(x, device=clips.device).view(3, 1, 1, 1) * 255 for x in (MEAN, STD))
-    return (clips - mean) / std
+    """uint8 or float (N, T, 3, H, W) of 0 ... 255 -> float32 (N, 3, T, H, W), channels last in memory."""
+    planes = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(clips.unbind(2), MEAN, STD)]   # (N, T, H, W)
+    return torch.stack(planes, dim=-1).movedim(-1, 1)
 
 
 # ---------------------------------------------------------------------- batches for pre-training

@@ -6,7 +6,6 @@
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
 import contextlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +163,7 @@ def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), 
     """The gradient of one batch, cut into n parts: first the keys of all parts, then each part against all keys.
 
     That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
-    -> {name: mean over the parts}: loss, terms, scores. ValueError: a loss is not finite.
+    -> {name: mean over the parts}: loss, terms, scores. ValueError: what the losses refuse, on a CPU.
     """
     parts, keys, values = split_batch(batch, n), None, {}
     if n > 1:
@@ -178,9 +177,6 @@ def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), 
                 out = network(augmented(part))                                  # clips (B, 2, 3, T, H, W) -> dict
             terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
             loss = sum(terms.values())                                          # Table 1: plain sums
-            if not loss.isfinite():
-                told = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
-                raise ValueError(f"the loss is not finite: {told}")
             (scaler.scale(loss / n) if scaler else loss / n).backward()
         for name, value in dict(loss=loss, **terms, **scores).items():
             values[name] = values.get(name, 0) + value.detach() / n
@@ -233,8 +229,8 @@ def main(argv=None):
 
     # Train
     batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
-    progress = Progress(out, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every, device,
-                        args.tensorboard)
+    progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every,
+                        device, args.tensorboard)
     while step < steps:
         batch = progress.wait_for(batches)
         seeds = batch.pop("seed")                                               # (B, n), used on the CPU
@@ -243,14 +239,12 @@ def main(argv=None):
         try:
             values = forward_backward(network, batch, args.accumulate, args.lam, autocast, scaler)
         except ValueError as error:
-            names = ", ".join(os.fsdecode(pairs.files[v]) for v in batch["video"].tolist())
-            raise ValueError(f"step {step + 1}: {error} ({out / 'checkpoint.pt'}, if there, is from before; "
-                             f"the videos: {names})") from None
+            raise progress.failed(step + 1, error) from None
         values |= step_scaled(scaler, optimizer, values["loss"])
         lr = schedule.get_last_lr()[0]
         schedule.step()
         step += 1
-        leave = progress.done(step, len(paths), lr, **values)
+        leave = progress.done(step, lr, **values)
 
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)

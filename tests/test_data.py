@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_decode import numbered, write_video
 from torchvision.models.video import R3D_18_Weights
+from torchvision.transforms import v2
 
 import data
 from data import (Clips, Pairs, Split, Tau, VideoError, Windows, colour, decode, draw_view, eval_windows,
@@ -423,6 +424,24 @@ def test_colour_is_constant_over_a_clip_and_differs_between_clips():
     jittered = colour(still, range(20))
     assert torch.equal(jittered, jittered[:, :, :1].expand_as(jittered))
     assert len({clip.numpy().tobytes() for clip in jittered}) > 12              # 16 % keep their colours
+
+
+def test_colours_are_torchvisions_for_the_same_seed():
+    given = clips(60)
+    given[:, 0] = given[:, 1, :1]                                               # grey: no hue
+    given[:, 2, :, :4] = 0
+    reference = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+
+    def expected(clip, seed):
+        with data.seeded(seed):
+            return reference(clip)
+    ours = data.jitter(given, range(60))
+    theirs = torch.stack([expected(clip / 255, seed) for seed, clip in enumerate(given)]) * 255
+    assert len({tuple(k for k, _ in data.draw_colour(seed)) for seed in range(60)}) > 20     # in many orders
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    cut = torch.stack([expected(clip, seed) for seed, clip in enumerate(given)])        # uint8 is cut off at each step
+    assert (ours - cut).abs().mean() < 1.5
+    torch.testing.assert_close(colour(given, range(60)), normalise(ours), rtol=0, atol=0)
 
 
 def test_colours_are_jittered_and_lost_as_often_as_said():
