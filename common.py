@@ -92,6 +92,18 @@ def shared_parser(doc, argv, judging=False):
     return parser, defaults
 
 
+def optimisation_flags(parser):
+    """The flags that pre-training and fine-tuning share -> their group."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
+    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
+    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
+    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
+    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
+    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    return group
+
+
 def checked(parser, argv):
     """Parse, and refuse values that cannot be meant."""
     args = parser.parse_args(argv)

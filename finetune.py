@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, share_buffers,
-                    shared_parser, step_scaled, told, warmup_cosine, write_result)
+                    list_and_scan, load_for_judging, most_frequent, on_first, optimisation_flags, resume, run, save,
+                    share_buffers, shared_parser, step_scaled, told, warmup_cosine, write_result)
 from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
@@ -37,13 +37,7 @@ def finetune_defaults(dataset):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser, _ = shared_parser(__doc__, argv, judging="ten")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the training videos (Sec. 4.2)")
-    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.2)")
-    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
-    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    group = optimisation_flags(parser)
     group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
     dataset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].dataset
     parser.set_defaults(**finetune_defaults(dataset))

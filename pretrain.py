@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
-                    resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
+                    optimisation_flags, resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
                     warmup_cosine)
 from data import Pairs, Windows, colour, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
@@ -34,17 +34,11 @@ def parse_args(argv=None):
     group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
                        help="playback speeds, in source frames a step (Sec. 3.2)")
     group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
-    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
-    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
-    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
+    group = optimisation_flags(parser)
     group.add_argument("--accumulate", type=int, default=1, metavar="N",
                        help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
     group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well, if that package is there")
     group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
                        help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
