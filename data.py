@@ -273,9 +273,7 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{lists / file} is not a list of objects with vid_name and label: {error!r}") from None
     elif dataset in ("kinetics400", "folder"):
-        paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, files in
-                       os.walk(root, followlinks=True) for name in files
-                       if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._"))
+        paths = sorted(filter(is_video, list_tree(root)[1]))
         names = [path.split(os.sep)[0] if os.sep in path else None for path in paths]
         classes = sorted(set(names) - {None})
         if None in names or len(classes) < 2:                                   # no class folders: no labels
@@ -293,6 +291,26 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
     labels = [number[name and name.lower()] for name in names]
     title = dataset if dataset in ("kinetics400", "folder") else f"{dataset} {part} split {split}"
     return Split(title, root, paths, labels, classes, found, missing)
+
+
+def list_tree(root):
+    """-> the folders and the files below root, links followed, as paths below it; {folder: (0, why it is not read)}."""
+    folders, files, bad = [], [], {}
+    for folder, names, here in os.walk(root, followlinks=True, onerror=lambda error: bad.update(
+            {os.path.relpath(error.filename, root): (0, error.strerror)})):
+        real = os.path.realpath(folder)                                         # a link to a folder above has no end
+        names[:] = sorted(name for name in names if name != WORK and (
+            not os.path.islink(path := os.path.join(folder, name))
+            or os.path.commonpath([real, os.path.realpath(path)]) != os.path.realpath(path)))
+        below = os.path.relpath(folder, root)
+        folders.append(below)
+        files += [os.path.normpath(os.path.join(below, name)) for name in sorted(here)]
+    return folders, [path for path in files if path != REPORT], bad
+
+
+def is_video(path):
+    """Whether a file is one of a data set's videos, by its name ("._" begins what macOS adds)."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES and not os.path.basename(path).startswith("._")
 
 
 def find_lists(dataset, root, annotations, folder, file):
@@ -787,6 +805,8 @@ def shrink(argv):
     for name, least, most in (("size", 8, 1024), ("quality", 1, 31), ("workers", 1, 1024)):
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} must lie between {least} and {most}, but is {getattr(args, name)}")
+    if args.size % 2:
+        parser.error(f"--size must be even, since most videos' colours have half the resolution, but is {args.size}")
     source, target = Path(args.source).resolve(), Path(args.target).resolve()
     if not source.is_dir():
         raise ValueError(f"the folder {source} does not exist")
@@ -814,20 +834,20 @@ def shrink(argv):
         else:
             todo.append((path, was.st_size, was.st_mtime_ns))
     work = target / WORK
-    shutil.rmtree(work, ignore_errors=True)                                     # a killed run left it
-    for folder in (work, *(target / folder for folder in folders)):
-        folder.mkdir(parents=True, exist_ok=True)
-    (work / REPORT).write_text("")
-    log_json(work / REPORT, **settings)
-    for path, (frames, problem) in bad.items():
-        log_json(work / REPORT, file=path, frames=frames, problem=problem)
-    (work / REPORT).replace(target / REPORT)
 
     def stop(number, _):
         sys.exit(f"{signal.Signals(number).name}: the same command goes on from here")
     handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork"), end_with_parent)
     try:
+        shutil.rmtree(work, ignore_errors=True)                                 # a killed run left it
+        for folder in (work, *(target / folder for folder in folders)):
+            folder.mkdir(parents=True, exist_ok=True)
+        (work / REPORT).write_text("")
+        log_json(work / REPORT, **settings)
+        for path, (frames, problem) in bad.items():
+            log_json(work / REPORT, file=path, frames=frames, problem=problem)
+        (work / REPORT).replace(target / REPORT)
         jobs, waiting = enumerate(todo), {}                                     # waiting: future -> its file
         bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=f"shrink {source.name}", unit="file")
         while True:
@@ -853,10 +873,10 @@ def shrink(argv):
                     (target / path).unlink(missing_ok=True)                     # of a source that was readable once
                 bar.set_postfix_str(f"{sizes[0] / 1e6:.0f} -> {sizes[1] / 1e6:.0f} MB", refresh=False)
                 bar.update()
-        bar.close()
     except OSError as error:
         raise OSError(f"cannot write to {target} (disk full?): {error}; the same command goes on from here") from None
     finally:
+        bar.close()
         for child in multiprocessing.active_children():
             child.kill()
         pool.shutdown(cancel_futures=True)
@@ -867,7 +887,7 @@ def shrink(argv):
     videos = sum(map(is_video, files))
     lost = {path: problem for path, (frames, problem) in bad.items() if not frames}
     short = [f"{path} (after {frames} frames: {problem})" for path, (frames, problem) in bad.items() if frames]
-    told = f"{target}: {videos} videos, {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f} MB; {len(files) - videos} other files"
+    told = f"{target}: {videos} videos, {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f} MB; {len(files) - videos} others"
     for what, names in (("could not be read", [f"{path} ({problem})" for path, problem in lost.items()]),
                         ("end early", short)):
         if names:
@@ -891,26 +911,6 @@ def listed_before(target, settings):
     if rows and rows[0] != settings:
         raise ValueError(f"{target / REPORT} says {rows[0]}, but asked for is {settings}: give another DST")
     return {row["file"]: (row["frames"], row["problem"]) for row in rows[1:]}
-
-
-def list_tree(root):
-    """-> the folders and the files below root, links followed, as paths below it; {folder: (0, why it is not read)}."""
-    folders, files, bad = [], [], {}
-    for folder, names, here in os.walk(root, followlinks=True, onerror=lambda error: bad.update(
-            {os.path.relpath(error.filename, root): (0, error.strerror)})):
-        real = os.path.realpath(folder)                                         # a link to a folder above has no end
-        names[:] = sorted(name for name in names if name != WORK and (
-            not os.path.islink(path := os.path.join(folder, name))
-            or os.path.commonpath([real, os.path.realpath(path)]) != os.path.realpath(path)))
-        below = os.path.relpath(folder, root)
-        folders.append(below)
-        files += [os.path.normpath(os.path.join(below, name)) for name in sorted(here)]
-    return folders, [path for path in files if path != REPORT], bad
-
-
-def is_video(path):
-    """Whether load_split would take a file for a video."""
-    return os.path.splitext(path)[1].lower() in SUFFIXES and not os.path.basename(path).startswith("._")
 
 
 def end_with_parent():
@@ -964,8 +964,9 @@ def shrunk(path, size, quality, intra):
         try:
             for frame in frames:
                 if not stamps:
-                    unit, scale = frame.time_base or Fraction(1, 25), min(1, size / min(frame.height, frame.width))
-                    stream.height, stream.width = (round(side * scale) for side in (frame.height, frame.width))
+                    unit, short = frame.time_base or Fraction(1, 25), min(frame.height, frame.width)
+                    stream.height, stream.width = (max(2, side * min(size, short) // short // 2 * 2)   # even: yuv420p
+                                                   for side in (frame.height, frame.width))
                 stamps.append(frame.pts)
                 small = scaler.reformat(
                     frame, stream.width, stream.height, "yuv420p", dst_colorspace=Colorspace.ITU601,
