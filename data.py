@@ -2,22 +2,30 @@
 
 Shapes: B videos, 2 clips p and q, T frames, H x W pixels; frames are uint8 RGB.
 """
+import argparse
 import base64
+import ctypes
+import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
 import zlib
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -25,7 +33,7 @@ import numpy as np
 import torch
 from av.bitstream import BitStreamFilterContext
 from av.video.frame import PictureType
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
@@ -364,9 +372,7 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{lists / file} is not a list of objects with vid_name and label: {error!r}") from None
     elif dataset in ("kinetics400", "folder"):
-        paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, files in
-                       os.walk(root, followlinks=True) for name in files
-                       if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._"))
+        paths = sorted(filter(is_video, list_tree(root)[1]))
         names = [path.split(os.sep)[0] if os.sep in path else None for path in paths]
         classes = sorted(set(names) - {None})
         if None in names or len(classes) < 2:                                   # no class folders: no labels
@@ -384,6 +390,26 @@ def load_split(dataset, data, annotations=None, split=1, part="train"):
     labels = [number[name and name.lower()] for name in names]
     title = dataset if dataset in ("kinetics400", "folder") else f"{dataset} {part} split {split}"
     return Split(title, root, paths, labels, classes, found, missing)
+
+
+def list_tree(root):
+    """-> the folders and the files below root, links followed, as paths below it; {folder: (0, why it is not read)}."""
+    folders, files, bad = [], [], {}
+    for folder, names, here in os.walk(root, followlinks=True, onerror=lambda error: bad.update(
+            {os.path.relpath(error.filename, root): (0, error.strerror)})):
+        real = os.path.realpath(folder)                                         # a link to a folder above has no end
+        names[:] = sorted(name for name in names if name != WORK and (
+            not os.path.islink(path := os.path.join(folder, name))
+            or os.path.commonpath([real, os.path.realpath(path)]) != os.path.realpath(path)))
+        below = os.path.relpath(folder, root)
+        folders.append(below)
+        files += [os.path.normpath(os.path.join(below, name)) for name in sorted(here)]
+    return folders, [path for path in files if path != REPORT], bad
+
+
+def is_video(path):
+    """Whether a file is one of a data set's videos, by its name ("._" begins what macOS adds)."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES and not os.path.basename(path).startswith("._")
 
 
 def find_lists(dataset, root, annotations, folder, file):
@@ -915,10 +941,221 @@ def caption(width, text, tint=(0, 0, 0), height=20):
     return draw_bounding_boxes(blank, torch.tensor([[0, 0, 1, 1]]), [text], ["white"], label_colors=[tint])
 
 
+# ---------------------------------------------------------------------- python data.py shrink
+
+REPORT, WORK = "shrink.jsonl", ".shrinking"     # in DST: settings and what went wrong; files that are not whole yet
+
+
+def shrink(argv):
+    """A data set once more, small and quick to read: same tree, same names, same frames; what is no video is copied.
+
+    Each video becomes MPEG-4 in MP4, whatever its suffix says: FFmpeg, and so every reader here, goes by a file's
+    content. The same command goes on where it was stopped. DST/shrink.jsonl lists what could not be read, and why.
+    """
+    from common import Formatter, log_json                                      # here, since common imports this module
+    parser = argparse.ArgumentParser(description=shrink.__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser.add_argument("source", metavar="SRC", help="folder of the data set; nothing in it is changed")
+    parser.add_argument("target", metavar="DST", help="folder of the copy, new or left by the same command")
+    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="short side; never enlarged")
+    parser.add_argument("--quality", type=int, default=4, metavar="Q", help="MPEG-4's quantiser, 1 (best) to 31")
+    parser.add_argument("--intra", action="store_true", help="key frames only")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    args = parser.parse_args(argv)
+    for name, least, most in (("size", 8, 1024), ("quality", 1, 31), ("workers", 1, 1024)):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} must lie between {least} and {most}, but is {getattr(args, name)}")
+    if args.size % 2:
+        parser.error(f"--size must be even, since most videos' colours have half the resolution, but is {args.size}")
+    source, target = Path(args.source).resolve(), Path(args.target).resolve()
+    if not source.is_dir():
+        raise ValueError(f"the folder {source} does not exist")
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"{source} and {target} must not lie in one another")
+    settings = dict(size=args.size, quality=args.quality, intra=args.intra)
+    before = listed_before(target, settings)
+    folders, files, bad = list_tree(source)                                     # bad: {path: (frames kept, problem)}
+    todo, bar = [], tqdm(files, "compare", unit="file")
+    sizes = np.zeros(2, np.int64)                                               # bytes of the videos, before and after
+    for path in bar:
+        try:
+            was = os.stat(source / path)
+            if not (source / path).is_file():                                   # a pipe would be waited for
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError as error:
+            bad[path] = 0, error.strerror
+            continue
+        now = os.stat(target / path) if (target / path).exists() else None
+        if now and os.path.samestat(was, now):
+            raise ValueError(f"{target / path} is {source / path} itself: give another DST")
+        if now and abs(now.st_mtime - was.st_mtime) < 2 and (is_video(path) or now.st_size == was.st_size):
+            bad |= {path: before[path]} if path in before else {}               # done, as its time stamp says
+            sizes += (was.st_size, now.st_size) if is_video(path) else 0
+        else:
+            todo.append((path, was.st_size, was.st_mtime_ns))
+    work = target / WORK
+
+    def stop(number, _):
+        sys.exit(f"{signal.Signals(number).name}: the same command goes on from here")
+    handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork"), end_with_parent)
+    try:
+        shutil.rmtree(work, ignore_errors=True)                                 # a killed run left it
+        for folder in (work, *(target / folder for folder in folders)):
+            folder.mkdir(parents=True, exist_ok=True)
+        (work / REPORT).write_text("")
+        log_json(work / REPORT, **settings)
+        for path, (frames, problem) in bad.items():
+            log_json(work / REPORT, file=path, frames=frames, problem=problem)
+        (work / REPORT).replace(target / REPORT)
+        jobs, waiting = enumerate(todo), {}                                     # waiting: future -> its file
+        bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=f"shrink {source.name}", unit="file")
+        while True:
+            for n, (path, size, mtime) in itertools.islice(jobs, 2 * args.workers - len(waiting)):
+                beside = work / f"{os.getpid()}-{n}{os.path.splitext(path)[1][:5]}"
+                waiting[pool.submit(shrink_one, source / path, beside, mtime, settings)] = path, size, beside
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                try:
+                    frames, problem = future.result()
+                except BrokenProcessPool:
+                    raise ValueError(f"a process was killed (memory full, or a video that FFmpeg dies of) while one of "
+                                     f"these was read: {', '.join(path for path, *_ in waiting.values())}") from None
+                path, size, beside = waiting.pop(future)
+                if problem:
+                    bad[path] = frames, problem
+                    log_json(target / REPORT, file=path, frames=frames, problem=problem)
+                if beside.exists():
+                    sizes += (size, beside.stat().st_size) if is_video(path) else 0
+                    beside.replace(target / path)
+                else:
+                    (target / path).unlink(missing_ok=True)                     # of a source that was readable once
+                bar.set_postfix_str(f"{sizes[0] / 1e6:.0f} -> {sizes[1] / 1e6:.0f} MB", refresh=False)
+                bar.update()
+    except OSError as error:
+        raise OSError(f"cannot write to {target} (disk full?): {error}; the same command goes on from here") from None
+    finally:
+        bar.close()
+        for child in multiprocessing.active_children():
+            child.kill()
+        pool.shutdown(cancel_futures=True)
+        shutil.rmtree(work, ignore_errors=True)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+    videos = sum(map(is_video, files))
+    lost = {path: problem for path, (frames, problem) in bad.items() if not frames}
+    short = [f"{path} (after {frames} frames: {problem})" for path, (frames, problem) in bad.items() if frames]
+    told = f"{target}: {videos} videos, {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f} MB; {len(files) - videos} others"
+    for what, names in (("could not be read", [f"{path} ({problem})" for path, problem in lost.items()]),
+                        ("end early", short)):
+        if names:
+            told += f"; {len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+    if sum(map(is_video, lost)) > MAX_BAD * videos:
+        raise ValueError(f"{told}; {target / REPORT} names all (at most {MAX_BAD:.0%} of the videos may be unreadable)")
+    print(told + (f"; {target / REPORT} names all" if bad else ""))
+
+
+def listed_before(target, settings):
+    """What the run that this one goes on with wrote to DST/shrink.jsonl -> {path: (frames kept, problem)}.
+
+    ValueError: DST holds something else, or a copy made with other settings.
+    """
+    rows = []
+    if target.exists() and not (target / REPORT).exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty and no copy made by this command: give another DST")
+    for line in (target / REPORT).read_text().splitlines() if (target / REPORT).exists() else []:
+        with suppress(ValueError):                                              # a line that a full disk cut
+            rows.append(json.loads(line))
+    if rows and rows[0] != settings:
+        raise ValueError(f"{target / REPORT} says {rows[0]}, but asked for is {settings}: give another DST")
+    return {row["file"]: (row["frames"], row["problem"]) for row in rows[1:]}
+
+
+def end_with_parent():
+    """In a process of the pool: the parent alone decides on signals, and takes it along even where it is killed."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                  # PR_SET_PDEATHSIG
+
+
+def shrink_one(source, beside, mtime, settings):
+    """Write the copy of one file to `beside`, with the source's time -> frames kept, problem ("": none).
+
+    Where nothing can be read, `beside` is not there. OSError: it cannot be written.
+    """
+    frames, problem = 0, ""
+    if is_video(source):
+        try:
+            content, frames, height, width, problem = shrunk(source, **settings)
+        except (av.error.FFmpegError, ValueError, MemoryError) as error:        # of the encoder
+            frames, problem = 0, f"cannot be encoded: {error}"
+        if not frames:
+            return frames, problem
+        beside.write_bytes(content)
+        if (found := count_frames(beside)) != (frames, height, width, ""):
+            beside.unlink()
+            return 0, f"the copy is wrong: {found} for {frames, height, width}"
+    else:
+        try:
+            open(source, "rb").close()
+        except OSError as error:
+            return 0, error.strerror
+        shutil.copyfile(source, beside)
+    os.utime(beside, ns=(mtime, mtime))
+    return frames, problem
+
+
+def shrunk(path, size, quality, intra):
+    """Encode a video's frames small -> an MP4 file's bytes, frames, height, width, problem (as count_frames has it).
+
+    A key frame every 33, between two frames that others refer to 7 that none does: a reader that asks for few frames
+    need not decode the rest. Time stamps are kept from 0 on, sorted; where some are missing or repeated, the frames are
+    evenly spaced. Colours become BT.601's of limited range, what every reader takes a file without tags for.
+    """
+    options = dict(qmin=str(quality), qmax=str(quality), g="1", bf="0") if intra else dict(
+        qmin=str(quality), qmax=str(quality), g="33", bf="7", flags="+cgop", sc_threshold="1000000000")
+    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP    # else 2/255 off
+    file, scaler, stamps, packets, problem = io.BytesIO(), VideoReformatter(), [], [], ""
+    with av.open(file, "w", format="mp4") as container, closing(read_frames(path)) as frames:
+        stream = container.add_stream("mpeg4", 25, options=options)
+        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+        try:
+            for frame in frames:
+                if not stamps:
+                    unit, short = frame.time_base or Fraction(1, 25), min(frame.height, frame.width)
+                    stream.height, stream.width = (max(2, side * min(size, short) // short // 2 * 2)   # even: yuv420p
+                                                   for side in (frame.height, frame.width))
+                stamps.append(frame.pts)
+                small = scaler.reformat(
+                    frame, stream.width, stream.height, "yuv420p", dst_colorspace=Colorspace.ITU601,
+                    dst_color_range=ColorRange.MPEG, interpolation=Interpolation.BILINEAR | exact, threads=1)
+                small.pts, small.time_base, small.pict_type = len(stamps) - 1, Fraction(1, 25), PictureType.NONE
+                packets += stream.encode(small)
+        except VideoError as error:
+            problem = reason(error, path)
+        if not stamps:
+            return b"", 0, 0, 0, problem or "no frames"
+        packets += stream.encode()
+        stream.time_base = unit
+        stamped = sorted((pts, n) for n, pts in enumerate(stamps) if pts is not None) or [(0, 0)]
+        (first, i), (last, j) = stamped[0], stamped[-1]
+        step = max(1, round((last - first) / (j - i) if j > i else Fraction(1, 25) / unit))
+        times = sorted({pts - first for pts, _ in stamped})
+        if len(times) < len(stamps):
+            times = range(0, step * len(stamps), step)
+        for packet in packets:                                                  # numbered until now: pts, dts of frames
+            pts, dts = packet.pts, packet.dts
+            packet.time_base, packet.duration, packet.pts = unit, step, times[pts]
+            packet.dts = times[dts] if dts >= 0 else dts * step
+            container.mux(packet)
+    return file.getvalue(), len(stamps), stream.height, stream.width, problem
+
+
 if __name__ == "__main__":
     import data                                         # common's errors are those of `data`, not of `__main__`
     from common import run
-    commands = dict(preview=data.preview)
+    commands = dict(preview=data.preview, shrink=data.shrink)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"usage: python data.py {{{','.join(commands)}}} ... (--help after the command)")
     run(lambda: commands[sys.argv[1]](sys.argv[2:]))
