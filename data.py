@@ -51,17 +51,17 @@ class Tau:
     speed: int
     reverse: bool
 
-    def frames(self, T=16):
+    def frames(self, T: int = 16) -> list:
         """Source frames in playing order: T ints."""
         frames = [self.start + self.speed * t for t in range(T)]
         return frames[::-1] if self.reverse else frames
 
-    def end(self, T=16):
+    def end(self, T: int = 16) -> int:
         """Last source frame, whatever the direction."""
         return self.start + self.speed * (T - 1)
 
 
-def sample_tau(length, T=16, speeds=(1, 2, 4, 8), rng=random):
+def sample_tau(length: int, T: int = 16, speeds=(1, 2, 4, 8), rng=random) -> Tau:
     """τ ~ 𝒯 (Sec. 3.2): a speed that fits the video, a start, a direction, each uniform (# paper silent)."""
     feasible = [s for s in speeds if s * (T - 1) < length]
     if not feasible:
@@ -92,12 +92,12 @@ def sample_pair(lengths, T=16, speeds=(1, 2, 4, 8), rng=random):
     return pairs, labels
 
 
-def fitting_step(length, T=16, step=4):
+def fitting_step(length: int, T: int = 16, step: int = 4) -> int:
     """Source frames a step in transfer learning: `step` (Sec. 3.4: 4), or the most that fits (# paper silent)."""
     return max(1, min(step, (length - 1) // (T - 1)))
 
 
-def eval_windows(length, T=16, step=4, windows=10):
+def eval_windows(length: int, T: int = 16, step: int = 4, windows: int = 10) -> list:
     """Sec. 3.4: `windows` evenly spaced clips of T frames, `step` source frames apart, over the whole video.
 
     # paper silent: a video of fewer than T frames repeats its last frame.
@@ -248,7 +248,7 @@ def wanted_frames(path, wanted, order=""):
         raise VideoError(f"{os.path.abspath(path)}: frame {max(left)} was asked for, but only {n + 1} frames decode")
 
 
-def decode(path, frames, size=None, boxes=None, order=""):
+def decode(path, frames, size: int | None = None, boxes: list | None = None, order: str = "") -> torch.Tensor:
     """Exactly the frames asked for, numbered as a full sequential decode numbers them -> uint8 (len(frames), 3, H, W).
 
     frames: ints in any order, repeats allowed. Only they are converted, and little more than they is decoded.
@@ -335,7 +335,7 @@ class Split:
     missing: list
 
 
-def load_split(dataset, data, annotations=None, split=1, part="train"):
+def load_split(dataset: str, data, annotations=None, split: int = 1, part: str = "train") -> Split:
     """The videos of one part ("train" or "test") of one official split of a data set -> Split.
 
     dataset: toy, ucf101, hmdb51, diving48 (labels V2), diving48v1, kinetics400 or folder (any videos, recursively).
@@ -468,7 +468,7 @@ def default_index(root):
     return cache / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
 
 
-def scan(split, index=None, workers=1, progress=True):
+def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> dict:
     """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
 
     An entry holds for one file size and modification time; a lost or damaged index is only made anew.
@@ -683,7 +683,7 @@ def draw_colour(seed):
         return steps + [(COLOURS.index(saturation), 0.0)] * (torch.rand(()).item() < GREY)
 
 
-def colour(clips, seeds):
+def colour(clips: torch.Tensor, seeds: list) -> torch.Tensor:
     """The colour part of σ ~ S, constant over a clip, drawn for each clip on its own; then the network's input.
 
     clips: uint8 (N, T, 3, H, W) on any device, which is not waited for; seeds: N ints -> float32 (N, 3, T, H, W).
@@ -710,7 +710,7 @@ def jitter(clips, seeds):
     return x
 
 
-def normalise(clips):
+def normalise(clips: torch.Tensor) -> torch.Tensor:
     """uint8 or float (N, T, 3, H, W) of 0 ... 255 -> float32 (N, 3, T, H, W), channels last in memory."""
     planes = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(clips.unbind(2), MEAN, STD)]   # (N, T, H, W)
     return torch.stack(planes, dim=-1).movedim(-1, 1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
-def d(x, y, lam=0.1):
+def d(x: torch.Tensor, y: torch.Tensor, lam: float = 0.1) -> torch.Tensor:
     """Eq. 2 for all pairs: d(x, y) = exp(x · stopgrad(y) / (λ ‖x‖ ‖stopgrad(y)‖)).
 
     x: (N, D), y: (M, D), floating point -> (N, M), float32 even under autocast (float64 if x is).
@@ -28,7 +28,8 @@ def d(x, y, lam=0.1):
     return sim
 
 
-def loss_equi(psi, i, pq, keys=None, lam=0.1):
+def loss_equi(psi: torch.Tensor, i: torch.Tensor, pq: torch.Tensor, keys: tuple | None = None,
+              lam: float = 0.1) -> torch.Tensor:
     """Eq. 1: L_equi = -E log[ d(ψ_i^pq, ψ_j^pq) / (d(ψ_i^pq, ψ_j^pq) + Σ_{rs≠pq} d(ψ_i^pq, ψ_k^rs)) ].
 
     psi: (N, D) anchors ψ_i^pq;  i: (N,) video ids;  pq: (N,) ids, equal exactly where the relative transformations are.
@@ -55,7 +56,8 @@ def loss_equi(psi, i, pq, keys=None, lam=0.1):
     return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over j, then over i
 
 
-def loss_inst(phi, i, p, keys=None, lam=0.1):
+def loss_inst(phi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, keys: tuple | None = None,
+              lam: float = 0.1) -> torch.Tensor:
     """Eq. 3: L_inst = -E log[ d(φ_i^p, φ_i^q) / (d(φ_i^p, φ_i^q) + Σ_{j≠i} d(φ_i^p, φ_j^r)) ].
 
     phi: (N, D) anchors φ_i^p;  i: (N,) video ids;  p: (N,) which of the video's clips it is.
@@ -81,7 +83,8 @@ def loss_inst(phi, i, p, keys=None, lam=0.1):
     return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over q, then over i
 
 
-def loss_distinct(chi, i, p, s, keys=None, lam=0.1):
+def loss_distinct(chi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, s: torch.Tensor, keys: tuple | None = None,
+                  lam: float = 0.1) -> torch.Tensor:
     """Fig. 5, "distinctiveness", which takes the place of L_equi there (# paper silent: no equation; read as)
 
     L = -E log[ d(χ_i^ps, χ_i^pt) / (d(χ_i^ps, χ_i^pt) + Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^ru)) ]:

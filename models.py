@@ -114,7 +114,7 @@ BACKBONES = {"r3d18": r3d18, "r3d18_tv": r3d18_tv, "r2plus1d18": r2plus1d18, "s3
              "r3d18_narrow": r3d18_narrow}
 
 
-def new_backbone(arch):
+def new_backbone(arch: str) -> nn.Module:
     """F, freshly initialised, with `.dim`, its name `.arch`, and `.args` for training arguments, still empty."""
     if arch not in BACKBONES:
         raise ValueError(f"arch is {arch!r}, but must be one of {', '.join(BACKBONES)}")
@@ -129,7 +129,7 @@ LOSSES = ("inst", "equi", "speed", "direction", "order")                    # Ta
 TERMS = (*LOSSES, "distinct")                                               # and the baseline of Fig. 5
 
 
-def mlp(d_in, d):
+def mlp(d_in: int, d: int) -> nn.Module:
     """Sec. 3.4: φ, ψ "have two hidden layers and preserve the original feature dimension". (N, d_in) -> (N, d)"""
     # paper silent: the hidden width d, and BatchNorm (its shift replaces the bias of the layer before it)
     return nn.Sequential(
@@ -138,7 +138,7 @@ def mlp(d_in, d):
         nn.Linear(d, d))
 
 
-def aux_head(d_in, d, classes):
+def aux_head(d_in: int, d: int, classes: int) -> nn.Module:
     """Sec. 3.4: the heads of the auxiliary tasks "have a single hidden layer". (N, d_in) -> logits (N, classes)"""
     return nn.Sequential(nn.Linear(d_in, d), nn.ReLU(inplace=True), nn.Linear(d, classes))  # paper silent: width d
 
@@ -171,7 +171,7 @@ class TimeEquivariant(nn.Module):
         if "distinct" in losses:
             self.heads["chi"] = mlp(d, d)                                   # Fig. 5: in the place of ψ
 
-    def forward(self, clips):
+    def forward(self, clips: torch.Tensor) -> dict:
         n = 4 if "chi" in self.heads else 2
         if clips.ndim != 6 or clips.shape[1] != n:
             raise ValueError(f"clips must be (B, {n}, 3, T, H, W), but is {tuple(clips.shape)}")
@@ -189,14 +189,14 @@ class TimeEquivariant(nn.Module):
         return out
 
 
-def classifier(backbone, classes):
+def classifier(backbone: nn.Module, classes: int) -> nn.Module:
     """Sec. 4, fine-tuning: F and a new linear layer on F(x). (B, 3, T, H, W) -> logits (B, classes)"""
     return nn.Sequential(backbone, nn.Linear(backbone.dim, classes))        # paper silent: no dropout
 
 
 # ---- Weights from a file ----
 
-def load_backbone(path, arch=None):
+def load_backbone(path, arch: str | None = None) -> nn.Module:
     """F in eval mode with the weights in `path`: all of them, or a ValueError naming the keys. Prints what it did.
 
     path: our backbone.pt {"arch", "backbone", "args"}, our checkpoint.pt {"model", "args", ...}, a torchvision
