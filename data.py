@@ -527,6 +527,12 @@ def colour(clips, seeds):
     return normalise(torch.stack(jittered))
 
 
+def augmented(batch):
+    """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W)."""
+    clips, seeds = batch["clips"], batch["seed"].flatten().tolist()
+    return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
+
+
 def normalise(clips):
     """uint8 (N, T, 3, H, W) -> float32 (N, 3, T, H, W), channels last in memory."""
     clips = clips.transpose(1, 2).to(torch.float32, memory_format=torch.channels_last_3d)

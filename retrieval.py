@@ -3,11 +3,13 @@
     python retrieval.py --checkpoint runs/toy-r3d18_narrow/backbone.pt --picture neighbours.png
     python retrieval.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist --checkpoint BACKBONE
     python retrieval.py --checkpoint BACKBONE --gallery MY_VIDEOS --query OTHER_VIDEOS --features found.npz
+    python retrieval.py --checkpoint runs/toy-r3d18_narrow/checkpoint.pt --psi psi.png
 
 Cosine similarity; queries are the test videos, the gallery is the training set (Sec. 4.2). R@k is the share of queries
 with a video of the same class among the k nearest; 1-NN accuracy is R@1. A query that cannot be read counts as wrong.
 Writes OUT/retrieval-DATASET.json; with folders of one's own videos, in class folders or not, it names the nearest
 videos of each query. A query's own file is not its neighbour: --gallery and --query may be one folder.
+--psi draws, besides, what ψ tells apart in the query videos (Sec. 3.1: the relative transformation, not the video).
 """
 import os
 import sys
@@ -18,12 +20,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
+from tqdm import tqdm
 
-from common import (checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging, on_first,
-                    random_beside, run, shared_parser, told, write_result)
-from data import VideoError, count_frames, decode, unreadable
+from common import (AMP, checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging,
+                    on_first, random_beside, run, shared_parser, told, write_result)
+from data import Pairs, VideoError, augmented, collate, count_frames, decode, step_loader, unreadable, usable
+from models import with_psi
 
 PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
 
@@ -37,6 +42,7 @@ def parse_args(argv=None):
     group.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20], help="the k of R@k (Table 3)")
     group.add_argument("--features", metavar="FILE.npz", help="write features, paths, classes and neighbours here")
     group.add_argument("--picture", metavar="FILE.png", help="draw queries and their nearest videos here")
+    group.add_argument("--psi", metavar="FILE.png", help="draw here what psi of checkpoint.pt tells apart (Sec. 3.1)")
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     folders = not PARTS & {known.gallery, known.query}
     if folders:
@@ -44,7 +50,7 @@ def parse_args(argv=None):
     args = checked(parser, argv)
     if min(args.k) < 1:
         parser.error(f"--k must be at least 1, but is {min(args.k)}")
-    for name, suffixes in dict(features=(".npz",), picture=(".png", ".jpg")).items():
+    for name, suffixes in dict(features=(".npz",), picture=(".png", ".jpg"), psi=(".png", ".jpg")).items():
         if vars(args)[name] and not vars(args)[name].endswith(suffixes):
             parser.error(f"--{name} must end in {' or '.join(suffixes)}, but is {vars(args)[name]}")
     args.k, args.dataset = sorted(set(args.k)), "folder" if folders else args.dataset
@@ -180,18 +186,161 @@ def thumbnail(video, verdict):
                                colors=[(255, 255, 255)], label_colors=[colour])
 
 
+GROUPS = 512                                                                    # of two videos, for --psi
+
+
+@torch.no_grad()
+def encode(models, pairs, args, device):
+    """ψ of GROUPS groups (or what fills the last batch), as pre-training draws them: transformations, crops, colours.
+
+    models: {network: F with ψ} -> {network: psi (N, D)}, labels {name: (N, ...)} of data.Pairs, {file: problem}.
+    """
+    items, batches = min(8, len(pairs)), []                                     # groups of a batch
+    steps = step_loader(pairs, items, 0, -(-GROUPS // items), args.workers)
+    for batch in tqdm(steps, "psi", unit="batch"):
+        clips = augmented(batch | dict(clips=batch.pop("clips").to(device)))    # (B, 2, 3, T, H, W)
+        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+            batches.append(batch | {name: model(clips)["psi"].float().cpu() for name, model in models.items()})
+    labels = collate(batches)
+    psi = {name: labels.pop(name) for name in models}
+    if not all(x.isfinite().all() for x in psi.values()):
+        raise ValueError("--psi: what the network makes of some clips is not finite")
+    return psi, labels, dict(labels.pop("failed"))
+
+
+def tell_apart(psi, labels, speeds, T):
+    """What ψ tells apart (Sec. 3.1): cosines of ψ_i^pq and ψ_k^rs, and the nearest ψ_k^rs of each ψ_i^pq, k ≠ i.
+
+    psi: (N, D); labels: of each row video, pq, order (N,), start, speed, direction (N, 2) of p and q, as data.Pairs has
+    them; speeds: what the classes of speed mean; T: shifts that differ by no more source frames count as alike.
+    -> partner: how often the nearest has the same pq, and a random one (share, chance); curves: mean cosine against one
+    difference where the others are alike, a dict a step of the curve; kinds: the same for parts of pq and for order, and
+    matrix, a row a kind of anchor: the shares of the kinds of its nearest (None: no anchor).
+    """
+    cosine = (x := F.normalize(psi.double(), dim=1)) @ x.T                      # (N, N)
+    other = labels["video"][:, None] != labels["video"]                         # (N, N)  k ≠ i
+    nearest = cosine.masked_fill(~other, -2).argmax(1, keepdim=True)            # (N, 1)
+    shift = labels["start"] @ torch.tensor([-1, 1])                             # (N,)  from p to q, in source frames
+    octave = torch.tensor(speeds).double().log2()[labels["speed"]]              # (N, 2)
+    shift = (shift[:, None] - shift).abs()                                      # (N, N) each: the differences
+    octaves = (octave[:, None] - octave).abs().sum(2)
+    turned = (labels["direction"][:, None] != labels["direction"]).sum(2)
+
+    def curve(difference, alike):
+        steps, step = difference[alike].unique(return_inverse=True)
+        pairs = step.bincount()                                                 # of rows, each once
+        means = step.bincount(cosine[alike]) / pairs
+        return [dict(up_to=int(d), cosine=c, pairs=n) for d, c, n in zip(*(x.tolist() for x in (steps, means, pairs)))]
+
+    def hits(label):
+        match = label[:, None] == label                                         # (N, N)
+        return dict(share=match.gather(1, nearest).double().mean().item(),
+                    chance=((match & other).sum(1) / other.sum(1)).double().mean().item())
+
+    once, same = other.triu(1), octaves < 1e-9                                  # a step ends at a power of two:
+    doubled = torch.where(shift > 0, 2 ** shift.double().clamp(min=1).log2().ceil(), 0)     # 0, 1, 2, 3-4, 5-8, ...
+    curves = dict(shift=curve(doubled, once & same & (turned == 0)),
+                  speed=curve((octaves - 1e-9).ceil(), once & (shift <= T) & (turned == 0)),
+                  direction=curve(turned, once & (shift <= T) & same))
+    kinds = {}
+    for name, label, words in (
+            ("speed", labels["speed"] @ torch.tensor([len(speeds), 1]), [f"{p}x {q}x" for p in speeds for q in speeds]),
+            ("direction", labels["direction"] @ torch.tensor([2, 1]), [f"{p} {q}" for p in "><" for q in "><"]),
+            ("order", labels["order"], ["before", "after", "overlap"])):
+        anchor = F.one_hot(label, len(words)).double()                          # (N, K)
+        rows = (anchor.T @ anchor[nearest[:, 0]]).tolist()                      # K x K  counts
+        kinds[name] = dict(words=words, **hits(label),
+                           matrix=[[n / sum(row) for n in row] if sum(row) else None for row in rows])
+    return dict(partner=hits(labels["pq"]), curves=curves, kinds=kinds)
+
+
+AXES = dict(shift="difference in shift, up to ... source frames", speed="difference in speed, octaves of p + of q",
+            direction="clips that differ in direction")
+
+
+BLACK, BLUE, GREY, PALE = (0, 0, 0), (40, 90, 200), (150, 150, 150), (225, 225, 225)
+
+
+def psi_picture(file, found):
+    """What tell_apart found, {network: ...}: curves of all networks above the matrices of the first."""
+    first, *beside = found.values()
+    side = 55 + 27 * len(first["kinds"]["speed"]["words"])                      # of the largest matrix, as below
+    sheet = torch.full((3, max(690, 410 + 18 * len(first["kinds"]["speed"]["words"])), max(980, side + 340)), 255,
+                       dtype=torch.uint8)
+    figures = {name: x["partner"]["share"] for name, x in zip(("checkpoint", "random"), found.values())}
+    texts = [(10, 6, "cosine of psi, pairs of clips of two videos (blue: checkpoint, grey: randomly initialised) against "
+              "one difference in transformation, the others alike", BLACK),
+             (10, 22, "the nearest psi of another video is of the same shift, speeds and directions: "
+              + in_words(figures, first["partner"]["chance"]), BLACK)]
+    for n, name in enumerate(AXES):
+        texts += plot(sheet, 45 + 320 * n, 60, name, [x["curves"][name] for x in (*beside, first)], (GREY, BLUE))
+    for name, left, top, width in (("speed", 65, 390, 27), ("direction", side + 90, 390, 50), ("order", side + 90, 550, 50)):
+        texts += table(sheet, left, top, width, name, first["kinds"][name])
+    x, y, words, tints = zip(*texts)
+    x, y = torch.tensor(x), torch.tensor(y)
+    TF.to_pil_image(draw_bounding_boxes(sheet, torch.stack([x, y, x + 1, y + 1], 1), list(words), ["white"] * len(x),
+                                        label_colors=list(tints))).save(file)
+
+
+def paint(sheet, x, y, width, height, tint):
+    sheet[:, y:y + height, x:x + width] = torch.tensor(tint, dtype=torch.uint8)[:, None, None]
+
+
+def plot(sheet, left, top, name, curves, tints, width=260, height=200):
+    """Curves of tell_apart against one difference, drawn on sheet (3, H, W) -> its texts [(x, y, text, tint)]."""
+    low = min(-0.1, *(step["cosine"] for curve in curves for step in curve))
+    down = lambda cosine: top + round((1 - cosine) / (1 - low) * height)        # the row of pixels
+    across = np.linspace(left + 12, left + width - 12, len(curves[0])).round().astype(int)
+    paint(sheet, left, top, 1, height, BLACK)
+    for tick in (0, 0.5, 1):
+        paint(sheet, left, down(tick), width, 1, PALE)
+    for curve, tint in zip(curves, tints):
+        ys = [down(step["cosine"]) for step in curve]
+        for x in np.arange(across[0], across[-1] + 0.05, 0.1):
+            paint(sheet, round(x), round(np.interp(x, across, ys)), 2, 2, tint)
+        for x, y in zip(across, ys):
+            paint(sheet, x - 2, y - 2, 6, 6, tint)
+    return [*((left - 30, down(tick) - 8, f"{tick:.1f}", BLACK) for tick in (0, 0.5, 1)),
+            *((x - 6, top + height + 4, str(step["up_to"]), BLACK) for x, step in zip(across.tolist(), curves[0])),
+            (left, top + height + 22, AXES[name], BLACK)]
+
+
+def table(sheet, left, top, width, name, kinds):
+    """A matrix of tell_apart, in per cent, drawn on sheet (3, H, W) -> its texts [(x, y, text, tint)]."""
+    told = f"{name}: rows anchors, columns their nearest, %"
+    texts = [(left - 57, top - 56, told, BLACK),
+             (left - 57, top - 42, f"the same: {kinds['share']:.1%} (chance: {kinds['chance']:.1%})", BLACK)]
+    for k, (word, row) in enumerate(zip(kinds["words"], kinds["matrix"])):
+        texts.append((left - 57, top + 18 * k, word, BLACK))
+        parts = ["", word] if width > 27 else word.split()                      # p above q
+        texts += [(left - 1 + width * k, top - 27 + 12 * n, part, BLACK) for n, part in enumerate(parts) if part]
+        for m, share in enumerate(row or ()):
+            x, y = left + width * m, top + 18 * k
+            paint(sheet, x, y, width - 1, 17, [round(255 - share * (255 - c)) for c in BLUE])
+            texts.append((x - 1, y - 1, f"{100 * share:.0f}", BLACK if share < 0.5 else (255, 255, 255)))
+    return texts
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, _, device = init_distributed()
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
+    models = {name: with_psi(net, args.checkpoint if net is network else None).to(device)
+              for name, net in networks.items() if args.psi}
     splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
               for number in args.split]
     for (gallery, index), _ in splits:
         videos = len(gallery.paths) - len(unreadable(gallery, index))
         if args.k[-1] > videos:
             raise ValueError(f"--k {args.k[-1]} is larger than the gallery, {gallery.title}: {videos} videos")
+    if args.psi:
+        query, index = splits[0][1]
+        speeds = network.args["speeds"]
+        paths, report = usable(query, index, speeds[0] * (args.frames - 1) + 1)
+        pairs = Pairs(query, paths, index, args.frames, args.size, speeds, args.seed)
+        print(report)
     splits = [[extract(networks, args, *part, device) for part in parts] for parts in splits]
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -209,6 +358,11 @@ def main(argv=None):
         results[0]["neighbours"] = {
             video.path: {gallery[0][g].path: round(cosine, 4) for g, cosine in zip(row, near) if g >= 0}
             for video, row, near in zip(query[0], nearest[:, :args.k[-1]].tolist(), cosines.tolist())}
+    found = {}
+    if args.psi:
+        psi, labels, replaced = encode(models, pairs, args, device)
+        found = {name: tell_apart(x, labels, speeds, args.frames) for name, x in psi.items()}
+        results[0]["psi"] = dict(found, videos=len(pairs.files), pairs=len(labels["pq"]), replaced=replaced)
     mean = {name: {k: float(np.mean([result["recall"][name][k] for result in results])) for k in share}
             for name, share in results[0]["recall"].items()}
     file = write_result(args, f"retrieval-{args.dataset}", network, "mean and standard deviation of the gallery",
@@ -222,12 +376,19 @@ def main(argv=None):
     for k in mean.get("chance", ()):
         figures = in_words({name: mean[name][k] for name in networks}, mean["chance"][k])
         print(f"  {k}{' = 1-NN accuracy' if k == 'R@1' else ''}: {figures}")
-    for name in filter(None, (args.features, args.picture)):
+    for name in filter(None, (args.features, args.picture, args.psi)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
     if args.features:
         save_features(args.features, gallery, query, nearest, cosines)
     if args.picture:
         picture(args.picture, gallery[0], query[0], nearest)
+    if args.psi:
+        for name, problem in replaced.items():
+            print(f"--psi replaced an unreadable video, {name}: {problem}")
+        figures = {name: x["partner"]["share"] for name, x in found.items()}
+        print(f"  psi's nearest is the partner's: {in_words(figures, found['checkpoint']['partner']['chance'])} "
+              f"({args.psi})")
+        psi_picture(args.psi, found)
 
 
 if __name__ == "__main__":
