@@ -115,8 +115,8 @@ BACKBONES = {"r3d18": r3d18, "r3d18_tv": r3d18_tv, "r2plus1d18": r2plus1d18, "s3
 
 
 def new_backbone(arch):
-    """F, freshly initialised, with `.dim`, its name `.arch`, and still empty `.args` for training arguments and `.heads`
-    for the weights of what a file holds beside F."""
+    """F, freshly initialised, with `.dim` and its name `.arch`; still empty are `.args`, for training arguments, and
+    `.heads`, for the weights that a file holds beside F."""
     if arch not in BACKBONES:
         raise ValueError(f"arch is {arch!r}, but must be one of {', '.join(BACKBONES)}")
     net = BACKBONES[arch]()
@@ -270,7 +270,7 @@ def with_psi(backbone, path=None):
     if path:
         if "equi" not in backbone.args.get("losses", LOSSES):
             raise ValueError(f"{path} has no psi: the run that wrote it had no term equi (--losses of pretrain.py)")
-        psi = {name.removeprefix("heads.psi."): x for name, x in backbone.heads.items() if name.startswith("heads.psi.")}
+        psi = {key.removeprefix("heads.psi."): x for key, x in backbone.heads.items() if key.startswith("heads.psi.")}
         if not psi or "speeds" not in backbone.args:
             raise ValueError(f"{path} has no psi: it is in checkpoint.pt of pretrain.py only (give that --checkpoint)")
         fill(model.heads["psi"], psi, path, f"the psi of {backbone.arch}")
