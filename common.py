@@ -92,6 +92,18 @@ def shared_parser(doc, argv, judging=False):
     return parser, defaults
 
 
+def optimisation_flags(parser):
+    """The flags that pre-training and fine-tuning share -> their group."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
+    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
+    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
+    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
+    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
+    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    return group
+
+
 def checked(parser, argv):
     """Parse, and refuse values that cannot be meant."""
     args = parser.parse_args(argv)
@@ -116,7 +128,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def init_distributed():
-    """Join torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs) -> rank, world size, device."""
+    """Join torchrun's process group if there is one -> rank, world size, device.
+
+    NCCL between GPUs, and gloo for what is on the CPU, for which no GPU is waited for.
+    """
     cuda = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -125,6 +140,9 @@ def init_distributed():
                          f"{torch.cuda.device_count()} here")
     if cuda:
         torch.cuda.set_device(device)
+        # All clips have one shape, so that to try cuDNN's algorithms pays. TF32: convolutions may use it, which is
+        # torch's default; products of matrices may not, since Eq. 2 makes of an error of 1e-3 in a cosine one of 1e-2.
+        torch.backends.cudnn.benchmark = True
     if rank:
         sys.stdout = open(os.devnull, "w")                                      # one process tells
     if "RANK" in os.environ:
@@ -134,7 +152,7 @@ def init_distributed():
             # found there (pytorch issue 135712). On several machines the count of restarts need not agree.
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -196,11 +214,11 @@ def warmup_cosine(optimizer, warmup, steps):
 
 def step_scaled(scaler, optimizer, loss):
     """One step of the optimiser -> what the log tells of fp16: the share of steps left out for overflow, the scale."""
-    before = scaler.get_scale()
+    before = scaler.scale(torch.ones_like(loss))                                # get_scale() would wait for the device
     scaler.step(optimizer)                                                      # leaves out a step that overflows ...
     scaler.update()                                                             # ... and lowers the scale
-    told = dict(overflow=scaler.get_scale() < before, loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}
-    return {name: loss.new_tensor(value) for name, value in told.items()}
+    scale = scaler.scale(torch.ones_like(loss))
+    return dict(overflow=scale < before, loss_scale=scale) if scaler.is_enabled() else {}
 
 
 def save_checkpoint(path, **state):
@@ -290,23 +308,24 @@ def log_json(path, **values):
 
 
 def mean_over_processes(values):
-    """{name: tensor of any shape} -> the same names, averaged over all processes, as floats or lists of floats."""
+    """{name: tensor on the CPU} -> the same names, averaged over all processes, as floats or lists of floats."""
     flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-    parts = flat.cpu().split([value.numel() for value in values.values()])
+    parts = flat.split([value.numel() for value in values.values()])
     return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
 
 
 class Progress:
     """What a training loop tells: a progress bar, OUT/log.jsonl, videos replaced, a wish to stop (SIGTERM, SIGUSR1).
 
-    Values are summed on the device; nothing synchronises until they are logged.
+    Values stay on the device, which is not waited for until they are logged or a checkpoint follows.
     """
 
-    def __init__(self, out, step, steps, steps_an_epoch, clips, log_every, device, tensorboard=False):
-        self.file, self.first, self.steps, self.steps_an_epoch = out / "log.jsonl", step, steps, steps_an_epoch
+    def __init__(self, out, files, step, steps, steps_an_epoch, clips, log_every, device, tensorboard=False):
+        self.out, self.file, self.files = out, out / "log.jsonl", files         # files: the videos, by number
+        self.first, self.steps, self.steps_an_epoch = step, steps, steps_an_epoch
         self.clips, self.log_every, self.device = clips, log_every, device     # clips: of a step, over all processes
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.rank > 0)
@@ -323,7 +342,7 @@ class Progress:
         self.restart()
 
     def restart(self):
-        self.sums, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        self.kept, self.waited, self.since = [], 0.0, time.perf_counter()       # kept: (step, videos, values)
 
     def log(self, step, **values):
         """One line of OUT/log.jsonl, and TensorBoard's curves."""
@@ -337,48 +356,80 @@ class Progress:
         batch = next(batches)
         self.waited += time.perf_counter() - asked
         self.new.update(batch.pop("failed"))
+        self.video, self.asked = batch["video"], torch.tensor(len(self.signals))    # on the CPU
+        self.answer = dist.all_reduce(self.asked, async_op=True) if dist.is_initialized() else None
         return batch
 
-    def done(self, step, videos, lr, **values):
+    def in_a_step(self, step, problem, video):
+        """A problem, as the user is told of it."""
+        names = ", ".join(os.fsdecode(self.files[v]) for v in video.tolist())
+        return f"step {step}: {problem} ({self.out / 'checkpoint.pt'}, if there, is from before; the videos: {names})"
+
+    def look(self):
+        """Wait for the device -> values {name: (steps since the last log, ...) on the CPU}, the problem [(step, words)]
+        of the first of these steps whose loss is not finite, or []."""
+        names = self.kept[0][2] if self.kept else ()
+        values = {name: torch.stack([told[name] for *_, told in self.kept]).float().cpu() for name in names}
+        for k, (step, video, _) in enumerate(self.kept):
+            if not values["loss"][k].isfinite():
+                terms = ", ".join(f"{name} {value[k]:.4g}" for name, value in values.items() if "_" not in name)
+                return values, [(step, self.in_a_step(step, f"the loss is not finite: {terms}", video))]
+        return values, []
+
+    def failed(self, step, error):
+        """The ValueError that a step raised, or of a loss that was not finite before it, from which it follows."""
+        _, problem = self.look()
+        return ValueError(problem[0][1] if problem else self.in_a_step(step, error, self.video))
+
+    def done(self, step, lr, **values):
         """A step is done. Every log_every steps, and before a stop, the means since the last log are logged.
 
-        values: 0-dim tensors, and 1-dim *_shares, of which the log has the largest, as *_chance.
-        -> the name of a signal that asks to stop, or None. ValueError: more than MAX_BAD of the videos were replaced.
+        values: 0-dim tensors, loss and others, and 1-dim *_shares, of which the log has the largest, as *_chance.
+        -> the name of a signal that asks to stop, or None; under torchrun one that came before the step, so that all
+        processes stop at one step. ValueError, on all processes: a loss was not finite, which is looked at before a
+        log line and before a checkpoint; more than MAX_BAD of the videos were replaced.
         """
         self.bar.update()
         if step == self.steps:
             self.bar.close()
             for name in ("SIGTERM", "SIGUSR1"):                                 # nothing is left to be saved
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
-        self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        asked = torch.tensor(float(bool(self.signals)), device=self.device)     # to stop, which all do at one step
-        if step % self.log_every and step < self.steps and not mean_over_processes(dict(asked=asked))["asked"]:
+        self.kept.append((step, self.video, {name: value.detach() for name, value in values.items()}))
+        if self.answer:
+            self.answer.wait()                                                  # asked a step ago: it is there
+        stop = self.asked.item() if self.answer else self.signals
+        logs = stop or step % self.log_every == 0 or step == self.steps
+        if not logs and step % self.steps_an_epoch:
             return None
-        means = mean_over_processes({name: value / self.count for name, value in self.sums.items()})
+        steps, problem = self.look()
+        news = gather_objects((self.new, self.signals, problem))                # of each process
+        problems = sorted(sum((part for *_, part in news), []))
+        if problems:
+            raise ValueError(problems[0][1])
+        if not logs:
+            return None
+        means = mean_over_processes({name: value.mean(0) for name, value in steps.items()})
         means = {name.replace("_shares", "_chance"): max(value) if isinstance(value, list) else value
                  for name, value in means.items()}                              # chance: always the most frequent class
         now = time.perf_counter()
-        means |= dict(lr=lr, clips_per_s=self.clips * self.count / (now - self.since),
+        means |= dict(lr=lr, clips_per_s=self.clips * len(self.kept) / (now - self.since),
                       waiting_for_data=self.waited / (now - self.since), peak_memory_gb=peak_memory(self.device),
                       left_s=(now - self.begun) / (step - self.first) * (self.steps - step))
-        news = gather_objects((self.new, self.signals))                         # of each process
-        new = {name: problem for part, _ in news for name, problem in part.items() if name not in self.replaced}
+        new = {name: reason for part, *_ in news for name, reason in part.items() if name not in self.replaced}
         self.replaced |= new.keys()
         if self.rank == 0:
             self.log(step, replaced=len(self.replaced), **means)
             self.bar.set_postfix({name: f"{means[name]:.3g}" for name in means if name in values and "_" not in name
                                   or name in ("clips_per_s", "waiting_for_data")})
-            for name, problem in new.items():
-                self.bar.write(f"replaced an unreadable video: {problem}", sys.stderr)
-                log_json(self.file, step=step, unreadable=name, problem=problem)
-        if len(self.replaced) > MAX_BAD * videos:
-            raise ValueError(f"{len(self.replaced)} of {videos} videos turned out to be unreadable, more than "
+            for name, reason in new.items():
+                self.bar.write(f"replaced an unreadable video: {reason}", sys.stderr)
+                log_json(self.file, step=step, unreadable=name, problem=reason)
+        if len(self.replaced) > MAX_BAD * len(self.files):
+            raise ValueError(f"{len(self.replaced)} of {len(self.files)} videos turned out to be unreadable, more than "
                              f"{MAX_BAD:.0%}: {self.file} names them")
         self.new = {}
         self.restart()
-        signals = [name for _, part in news for name in part]
+        signals = [name for _, part, _ in news for name in part]
         return signals[0] if signals and step < self.steps else None
 
 

@@ -2,8 +2,10 @@
 
 Shapes: B videos, 2 clips p and q, T frames, H x W pixels; frames are uint8 RGB.
 """
+import base64
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -11,15 +13,18 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
@@ -105,15 +110,16 @@ class VideoError(Exception):
     """A video that does not give the frames asked of it; the message names the file and says why."""
 
 
-def read_frames(path):
-    """av.VideoFrame after av.VideoFrame, as a full sequential decode numbers them, up to the first error.
+@contextmanager
+def open_video(path, unpack=False):
+    """-> the decoder of a video's first stream, and its packets in file order. Packet k, and so the frame that it
+    becomes, carries as `opaque` (k, is it a key frame), a tuple of its own, since PyAV takes equal ints for one object.
 
-    Time stamps play no part: in real files they are missing, repeated or out of order. One thread: frame threading
-    hangs for ever on some corrupt files, and loaders run many processes.
-    VideoError: the file, or the rest of it, is unreadable.
+    unpack: DivX puts two frames into a packet, and a packet without any after it; give each frame its own.
+    One thread: frame threading hangs for ever on some corrupt files, and loaders run many processes.
+    VideoError, also for what goes wrong inside the `with`: the file, or the rest of it, is unreadable.
     """
     path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
-    last = time.monotonic()
     try:
         with av.open(path, metadata_errors="ignore", timeout=PATIENCE,
                      options={"protocol_whitelist": "file"}) as container, \
@@ -121,28 +127,92 @@ def read_frames(path):
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream")
             stream = container.streams.video[0]
-            if stream.codec_context is None:
+            codec = stream.codec_context
+            if codec is None:
                 raise VideoError(f"{path}: no decoder for the video stream")
-            stream.codec_context.thread_count, stream.thread_type = 1, "NONE"
-            for packet in packets:
-                for frame in packet.decode():
-                    yield frame
-                    last = time.monotonic()
-                if time.monotonic() - last > PATIENCE:
-                    raise VideoError(f"{path}: no frame within {PATIENCE} seconds")
+            codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
+            if unpack and codec.name == "mpeg4":
+                split = BitStreamFilterContext("mpeg4_unpack_bframes", stream)
+                packets = (part for packet in packets for part in (split.filter(packet) if packet.size else (packet,)))
+            yield codec, (setattr(packet, "opaque", (k, packet.is_keyframe)) or packet
+                          for k, packet in enumerate(packets))
     except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def count_frames(path):
-    """One full sequential decode -> (frames, height, width, problem); problem is "" where nothing went wrong."""
-    frames = height = width = 0
+def read_frames(path):
+    """av.VideoFrame after av.VideoFrame, as a full sequential decode numbers them, up to the first error.
+
+    Time stamps play no part: in real files they are missing, repeated or out of order.
+    VideoError: the file, or the rest of it, is unreadable.
+    """
+    last = time.monotonic()
+    with open_video(path) as (codec, packets):
+        for packet in packets:                                                  # the last is empty and ends the decode
+            for frame in codec.decode(packet):
+                yield frame
+                last = time.monotonic()
+            if time.monotonic() - last > PATIENCE:
+                raise VideoError(f"{os.path.abspath(path)}: no frame within {PATIENCE} seconds")
+
+
+def examine(path):
+    """One full sequential decode -> frames, height, width, problem ("" where nothing went wrong), order.
+
+    order: which packet each frame came from, for read_needed; "" where that, or a frame, is in doubt.
+    """
+    height, width, problem, order, sound = 0, 0, "", [], True
     try:
         for frame in read_frames(path):
-            frames, height, width = frames + 1, frame.height, frame.width
-        return frames, height, width, "" if frames else "no frames"
+            height, width = frame.height, frame.width
+            packet, key = frame.opaque or (-1, False)
+            order.append(packet)
+            # with H.264's intra refresh a "key frame" is a P-frame, and a decode from there is whole some frames later
+            sound = sound and not frame.is_corrupt and not (key and frame.pict_type != PictureType.I)
     except VideoError as error:
-        return frames, height, width, reason(error, path)
+        problem = reason(error, path)
+    steps = np.diff(order, prepend=0)                                           # 0 1 1 1 ... where nothing is reordered
+    regular = sound and not problem and len(set(order)) == len(order) and abs(steps).max(initial=0) < 128
+    order = base64.b64encode(zlib.compress(steps.astype(np.int8).tobytes())).decode() if regular else ""
+    return len(steps), height, width, problem if len(steps) or problem else "no frames", order
+
+
+def count_frames(path):
+    """-> frames, height, width, problem: what `examine` finds, without the order."""
+    return examine(path)[:4]
+
+
+def read_needed(path, wanted, order):
+    """(n, av.VideoFrame) for the frames `wanted`, decoding little else: exactly read_frames' n-th, or left out.
+
+    Inside a group of pictures, packets after the last wanted one are not sent, and the decoder passes over what no
+    other frame refers to (skip_frame); a group without a wanted frame is not sent at all. order: of `examine`.
+    """
+    order = np.frombuffer(zlib.decompress(base64.b64decode(order)), np.int8).cumsum(dtype=np.int64)
+    frame_of = {int(order[n]): n for n in wanted if n < len(order)}             # packet -> frame
+    with open_video(path, unpack=True) as (codec, packets):
+        packets = list(itertools.islice(packets, max(frame_of, default=-1) + 1))
+        shown = np.full(len(packets), len(order))                               # when each is shown, if at all ...
+        shown[order[order < len(packets)]] = np.flatnonzero(order < len(packets))
+        first = np.minimum.accumulate(shown[::-1])[::-1] == shown               # ... and not before an earlier packet
+        send, need = [], False
+        for k in range(len(packets) - 1, -1, -1):
+            need = need or k in frame_of
+            if need:
+                send.append(k)
+            need = need and not (packets[k].is_keyframe and first[k])           # a clean start: nothing before is used
+
+        def known(frames):
+            return [(frame_of.pop(frame.opaque[0]), frame) for frame in frames
+                    if frame.opaque and frame.opaque[0] in frame_of]
+
+        for before, k in zip([0, *reversed(send)], reversed(send)):
+            if k > before + 1:                                                  # a gap: the decoder starts afresh
+                yield from known(codec.decode(None))
+                codec.flush_buffers()
+            codec.skip_frame = "DEFAULT" if k in frame_of else "NONREF"
+            yield from known(codec.decode(packets[k]))
+        yield from known(codec.decode(None))
 
 
 def reason(error, path):
@@ -150,25 +220,46 @@ def reason(error, path):
     return str(error).removeprefix(f"{os.path.abspath(path)}: ")
 
 
-def decode(path, frames, size=None, boxes=None):
+def wanted_frames(path, wanted, order=""):
+    """(n, av.VideoFrame) for each number in `wanted`, in any order; without `order`, or where it does not hold, all
+    frames are counted from the first on. VideoError: the file does not give all of them."""
+    left, n = set(wanted), -1
+    if order:
+        with suppress(VideoError), closing(read_needed(path, wanted, order)) as stream:
+            for n, frame in stream:
+                left.remove(n)
+                yield n, frame
+    if left:
+        with closing(read_frames(path)) as stream:
+            for n, frame in enumerate(stream):
+                if n in left:
+                    left.remove(n)
+                    yield n, frame
+                if not left:
+                    return
+        raise VideoError(f"{os.path.abspath(path)}: frame {max(left)} was asked for, but only {n + 1} frames decode")
+
+
+def decode(path, frames, size=None, boxes=None, order=""):
     """Exactly the frames asked for, numbered as a full sequential decode numbers them -> uint8 (len(frames), 3, H, W).
 
-    frames: ints in any order, repeats allowed. Decoding stops at the last of them; only they are converted.
+    frames: ints in any order, repeats allowed. Only they are converted, and little more than they is decoded.
     size:   None: pixels as they are; else the short side is scaled to it (bilinear).
     boxes:  a crop for each frame, (top, left, height, width) as shares of the picture; each becomes size x size.
+    order:  what the scan knows of the file (`examine`), which makes it faster and changes nothing else.
     VideoError: the file is unreadable or ends before the last frame asked for.
     """
-    wanted = defaultdict(list)                                                  # frame number -> places in the output
+    places = defaultdict(list)                                                  # frame number -> places in the output
     for place, n in enumerate(frames):
-        wanted[n].append(place)
-    if min(wanted, default=-1) < 0:
+        places[n].append(place)
+    if min(places, default=-1) < 0:
         raise ValueError(f"{path}: frames must be one or more numbers from 0 on, but are {list(frames)[:10]}")
-    scalers = defaultdict(lambda: (VideoReformatter(), VideoReformatter()))     # a scaler keeps its set-up: one a box
-    out, n = None, -1
-    with closing(read_frames(path)) as stream:
-        for n, frame in enumerate(stream):
+    scalers = defaultdict(lambda: [VideoReformatter() for _ in range(3)])       # each keeps its set-up, so some a box
+    out = None
+    with closing(wanted_frames(path, places, order)) as stream:
+        for n, frame in stream:
             images = {}                                                         # box -> (H, W, 3), within this frame
-            for place in wanted.pop(n, ()):
+            for place in places[n]:
                 box = boxes[place] if boxes else None
                 if box not in images:
                     images[box] = to_rgb(frame, size, box, *scalers[box])
@@ -177,29 +268,39 @@ def decode(path, frames, size=None, boxes=None):
                 if out[place].shape != images[box].shape:
                     raise VideoError(f"{os.path.abspath(path)}: the picture size changes at frame {n}")
                 out[place] = images[box]
-            if not wanted:
-                return torch.from_numpy(out).permute(0, 3, 1, 2)                # (len(frames), 3, H, W)
-    raise VideoError(f"{os.path.abspath(path)}: frame {max(wanted)} was asked for, but only {n + 1} frames decode")
+    return torch.from_numpy(out).permute(0, 3, 1, 2)                            # (len(frames), 3, H, W)
 
 
-def to_rgb(frame, size, box, scale, convert):
-    """av.VideoFrame -> uint8 (H, W, 3); size, box: as in decode; scale, convert: VideoReformatters.
+def to_rgb(frame, size, box, unify, scale, convert):
+    """av.VideoFrame -> uint8 (H, W, 3); size, box: as in decode; unify, scale, convert: VideoReformatters.
 
-    Two passes, planar scaling and then conversion of the few pixels left, take about half the time of one.
+    Crop, planar scaling, then conversion of the few pixels left: about half the time of scaling and converting at once.
     """
-    height, width = frame.height, frame.width
     if size is not None:
-        if box is None:
-            height, width = (round(side * size / min(height, width)) for side in (height, width))
-        else:                                   # scale the whole picture so that the box becomes size x size
-            top, left, height, width = box[0] / box[2], box[1] / box[3], round(size / box[2]), round(size / box[3])
-        planar = "yuv420p" if frame.format.name.startswith("yuv") else "rgb24"
-        frame = scale.reformat(frame, width, height, planar, interpolation=Interpolation.BILINEAR, threads=1)
-    image = convert.reformat(frame, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1).to_ndarray()
-    if box is None:
-        return image
-    top, left = min(round(top * size), height - size), min(round(left * size), width - size)
-    return image[top:top + size, left:left + size]
+        if frame.format.name not in ("yuv420p", "yuvj420p"):
+            frame = unify.reformat(frame, format="yuv420p", threads=1)
+        if box is not None:
+            frame = cropped(frame, box)
+        height, width = (size if box is not None else round(side * size / min(frame.height, frame.width))
+                         for side in (frame.height, frame.width))
+        frame = scale.reformat(frame, width, height, "yuv420p", interpolation=Interpolation.BILINEAR, threads=1)
+    return convert.reformat(frame, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1).to_ndarray()
+
+
+def cropped(frame, box):
+    """A copy of a part of a yuv420p picture; box: as in decode. Where it starts at an odd pixel, chroma, which has half
+    as many, is off by half of one of its own."""
+    sides = frame.height, frame.width
+    height, width = (max(1, round(share * side)) for share, side in zip(box[2:], sides))
+    top, left = (min(round(share * side), side - part) for share, side, part in zip(box, sides, (height, width)))
+    part = av.VideoFrame(width, height, frame.format.name)
+    part.colorspace, part.color_range = frame.colorspace, frame.color_range
+    for source, target, half in zip(frame.planes, part.planes, (1, 2, 2)):
+        source, target = (np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+                          for plane in (source, target))
+        rows, columns = -(-height // half), -(-width // half)
+        target[:, :columns] = source[top // half:top // half + rows, left // half:left // half + columns]
+    return part
 
 
 # ---------------------------------------------------------------------- data sets, as their authors distribute them
@@ -345,7 +446,8 @@ def scan(split, index=None, workers=1, progress=True):
     """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
 
     An entry holds for one file size and modification time; a lost or damaged index is only made anew.
-    -> {path: (frames, height, width, problem)} for the files found; ValueError: too many missing (MAX_BAD), or none.
+    -> {path: (frames, height, width, problem, order)} for the files found, as `examine` finds them.
+    ValueError: too many files are missing (MAX_BAD), or all.
     """
     total, missing = len(split.paths), split.missing
     if not split.found or len(missing) > MAX_BAD * total:
@@ -354,7 +456,7 @@ def scan(split, index=None, workers=1, progress=True):
         raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first}")
     index = Path(index or default_index(split.root))
     try:
-        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 6}
+        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 7}
     except (OSError, ValueError, TypeError, AttributeError):                    # not there, or not what it was
         known = {}
     stamps = {}
@@ -364,7 +466,7 @@ def scan(split, index=None, workers=1, progress=True):
     todo = [path for path in split.found if known.get(path, [None])[:2] != stamps[path]]
     saved = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
-        counts = pool.map(count_frames, [str(split.found[path]) for path in todo])
+        counts = pool.map(examine, [str(split.found[path]) for path in todo])
         for path, count in zip(todo, tqdm(counts, f"scan {split.title}", len(todo), unit="video",
                                           disable=not progress or not todo)):
             known[path] = stamps[path] + list(count)
@@ -386,8 +488,8 @@ def write_json(file, value, indent=None):
 
 def unreadable(split, index):
     """{path: problem} of the videos that are not there or give not one frame."""
-    known = {path: index.get(path, (0, 0, 0, "not found")) for path in split.paths}
-    return {path: problem for path, (n, _, _, problem) in known.items() if n == 0}
+    known = {path: index.get(path, (0, 0, 0, "not found", "")) for path in split.paths}
+    return {path: problem for path, (n, _, _, problem, _) in known.items() if n == 0}
 
 
 def usable(split, index, T=16):
@@ -396,7 +498,7 @@ def usable(split, index, T=16):
     # paper silent: videos of fewer than T frames are left out of pre-training.
     ValueError: more than MAX_BAD of the videos are missing or unreadable, or too few are left.
     """
-    bad = {path: problem for path, (n, _, _, problem) in index.items() if problem and n < T}
+    bad = {path: problem for path, (n, _, _, problem, _) in index.items() if problem and n < T}
     short = [path for path, (n, *_) in index.items() if n < T and path not in bad]
     good = [path for path in split.paths if path in index and path not in bad and index[path][0] >= T]
     totals = {f"{dataset} {part} split {number}": counts[k] for (dataset, number), counts in PUBLISHED.items()
@@ -496,7 +598,7 @@ MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)   # paper
 
 # paper silent: no figures for crop and colour; area from the authors' earlier code, colour from SimCLR [10], no blur
 CROP = v2.RandomResizedCrop(1, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3))
-COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+JITTER, JITTERED, GREY = v2.ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8, 0.2            # the last two: probabilities
 
 
 @contextmanager
@@ -515,16 +617,71 @@ def draw_view(height, width, seed):
     return (crop["top"] / height, crop["left"] / width, crop["height"] / height, crop["width"] / width), flip
 
 
+def brightness(x, factor):
+    return x * factor
+
+
+def contrast(x, factor):
+    return torch.lerp(TF.rgb_to_grayscale(x).mean((-3, -2, -1), keepdim=True), x, factor)
+
+
+def saturation(x, factor):
+    return torch.lerp(TF.rgb_to_grayscale(x), x, factor)
+
+
+def hue(x, shift):
+    """Darkest and brightest value stay; the third follows from HSV's angle h, in sixths of a turn: red 0, green 2."""
+    red, green, blue = x.split(1, dim=-3)
+    high = torch.maximum(torch.maximum(red, green), blue)                       # amax is slow over so few
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    h = torch.where(high == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    h = torch.where(high == red, green - blue, h).div_(chroma.clamp(min=1e-6)).add_(6 * shift)
+    away = torch.cat([h, h - 2, h - 4], dim=-3)                                 # from red, green and blue: a value is
+    return away.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)   # high up to 1 away, low from 2 on
+
+
+COLOURS = brightness, contrast, saturation, hue                                 # in the order of ColorJitter
+
+
+def draw_colour(seed):
+    """The colour part of σ, as torchvision's ColorJitter and RandomGrayscale draw it.
+
+    -> [(place in COLOURS, factor or shift), ...] in the order in which they are applied: at most five.
+    """
+    with seeded(seed):
+        steps = []
+        if torch.rand(()) < JITTERED:
+            drawn = JITTER.make_params([])
+            steps = [(k, drawn[f"{COLOURS[k].__name__}_factor"]) for k in drawn["fn_idx"].tolist()]
+        return steps + [(COLOURS.index(saturation), 0.0)] * (torch.rand(()).item() < GREY)
+
+
 def colour(clips, seeds):
     """The colour part of σ ~ S, constant over a clip, drawn for each clip on its own; then the network's input.
 
-    clips: uint8 (N, T, 3, H, W) on any device; seeds: N ints -> float32 (N, 3, T, H, W).
+    clips: uint8 (N, T, 3, H, W) on any device, which is not waited for; seeds: N ints -> float32 (N, 3, T, H, W).
+    Equals torchvision's v2 on floats (on uint8, which v2 cuts off after each step, it is 1.1 of 255 darker on average).
     """
-    jittered = []
-    for clip, seed in zip(clips, seeds):
-        with seeded(seed):
-            jittered.append(COLOUR(clip))                                       # (T, 3, H, W)
-    return normalise(torch.stack(jittered))
+    few = max(1, 2 ** 20 // clips[0].numel()) if clips.device.type == "cpu" else len(clips)     # what fits its cache
+    return torch.cat([normalise(jitter(part, seeds[few * k:])) for k, part in enumerate(clips.split(few))])
+
+
+def jitter(clips, seeds):
+    """`colour` before normalisation: in the n-th round, each clip's n-th step -> float32 (N, T, 3, H, W), 0 ... 255."""
+    rounds = defaultdict(list)
+    for clip, seed in zip(range(len(clips)), seeds):
+        for n, (k, factor) in enumerate(draw_colour(seed)):
+            rounds[n, k].append((clip, factor))
+    drawn = sum(rounds.values(), [])
+    drawn = torch.tensor(drawn, pin_memory=clips.is_cuda).view(len(drawn), 2).to(clips.device, non_blocking=True)
+    parts = dict(zip(rounds, drawn.split([len(part) for part in rounds.values()])))
+    x = clips.float()
+    for n, k in sorted(rounds):
+        row, factor = parts[n, k].unbind(1)
+        row, factor = row.long(), factor.view(-1, 1, 1, 1, 1)
+        x[row] = COLOURS[k](x[row], factor).clamp_(0, 255)
+    return x
 
 
 def augmented(batch):
@@ -534,10 +691,9 @@ def augmented(batch):
 
 
 def normalise(clips):
-    """uint8 (N, T, 3, H, W) -> float32 (N, 3, T, H, W), channels last in memory."""
-    clips = clips.transpose(1, 2).to(torch.float32, memory_format=torch.channels_last_3d)
-    mean, std = (torch.tensor(x, device=clips.device).view(3, 1, 1, 1) * 255 for x in (MEAN, STD))
-    return (clips - mean) / std
+    """uint8 or float (N, T, 3, H, W) of 0 ... 255 -> float32 (N, 3, T, H, W), channels last in memory."""
+    planes = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(clips.unbind(2), MEAN, STD)]   # (N, T, H, W)
+    return torch.stack(planes, dim=-1).movedim(-1, 1)
 
 
 # ---------------------------------------------------------------------- batches for pre-training
@@ -549,19 +705,25 @@ def epoch_order(seed, epoch, videos):
     return np.random.default_rng([seed, epoch]).permutation(videos)
 
 
+def as_arrays(split, paths, index):
+    """Flat arrays, which many loader processes can share: files, (frames, height, width), orders; zeros for what is not
+    there. split, index: of load_split and scan."""
+    entries = [index.get(path, (0, 0, 0, "", "")) for path in paths]
+    return (np.array([os.fsencode(split.found.get(path, "")) for path in paths]),
+            np.array([entry[:3] for entry in entries]), np.array([entry[4].encode() for entry in entries]))
+
+
 class Pairs(torch.utils.data.Dataset):
     """Groups of two videos under one relative transformation (Fig. 3), by (epoch, group).
 
-    What is drawn is a function of (seed, epoch, group): workers and processes do not change it. Videos are held as
-    flat arrays, which many workers can share. equivariance (Table 1 b-d): what the two videos of a group share;
-    "temporal": pq; "spatial": the views (crop box and flip) of p and of q, with one τ for both clips; "both".
-    clips: 2, p and q; or 4, p and q once more under another σ (Fig. 5, distinctiveness).
+    What is drawn is a function of (seed, epoch, group): workers and processes do not change it. equivariance (Table 1
+    b-d): what the two videos of a group share; "temporal": pq; "spatial": the views (crop box and flip) of p and of q,
+    with one τ for both clips; "both". clips: 2, p and q; or 4, p and q once more under another σ (Fig. 5).
     """
 
     def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal",
                  clips=2):
-        self.files = np.array([os.fsencode(split.found[path]) for path in paths])
-        self.shapes = np.array([index[path][:3] for path in paths])             # frames, height, width
+        self.files, self.shapes, self.orders = as_arrays(split, paths, index)
         self.T, self.size, self.speeds, self.seed = T, size, speeds, seed
         self.equivariance, self.clips = equivariance, clips
 
@@ -608,7 +770,7 @@ class Pairs(torch.utils.data.Dataset):
         """All clips of video v from one decode, p, q and perhaps again p, q -> uint8 (n, T, 3, size, size)."""
         frames = [n for tau in pair for n in tau.frames(self.T)] * (self.clips // 2)    # nT frame numbers
         boxes = [box for box, _ in views for _ in range(self.T)]                # nT boxes: constant over a clip
-        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes).unflatten(0, (-1, self.T))
+        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes, self.orders[v]).unflatten(0, (-1, self.T))
         return torch.stack([clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)])
 
 
@@ -647,8 +809,7 @@ class Clips(torch.utils.data.Dataset):
     `step` source frames apart or what fits, forwards. What is drawn is a function of (seed, epoch, place)."""
 
     def __init__(self, split, paths, index, T=16, size=128, step=4, seed=0):
-        self.files = np.array([os.fsencode(split.found[path]) for path in paths])
-        self.shapes = np.array([index[path][:3] for path in paths])             # frames, height, width
+        self.files, self.shapes, self.orders = as_arrays(split, paths, index)
         label = dict(zip(split.paths, split.labels))
         self.labels = np.array([label[path] for path in paths])
         self.T, self.size, self.step, self.seed = T, size, step, seed
@@ -668,7 +829,7 @@ class Clips(torch.utils.data.Dataset):
             box, flip = draw_view(height, width, rng.getrandbits(63))
             try:
                 frames = [min(start + step * t, length - 1) for t in range(self.T)]
-                clip = decode(os.fsdecode(self.files[v]), frames, self.size, [box] * self.T)
+                clip = decode(os.fsdecode(self.files[v]), frames, self.size, [box] * self.T, self.orders[v])
             except VideoError as error:
                 failed.append((os.fsdecode(self.files[v]), str(error)))
                 v = rng.randrange(len(self.files))
@@ -685,8 +846,7 @@ class Windows(torch.utils.data.Dataset):
     """
 
     def __init__(self, split, index, T=16, size=128, step=4, windows=10):
-        self.files = np.array([os.fsencode(split.found.get(path, "")) for path in split.paths])
-        self.lengths = np.array([index.get(path, (0,))[0] for path in split.paths])
+        self.files, self.shapes, self.orders = as_arrays(split, split.paths, index)
         bad = unreadable(split, index)
         self.problems = {v: bad[path] for v, path in enumerate(split.paths) if path in bad}
         self.T, self.side, self.step, self.windows = T, round(size * 8 / 7), step, windows
@@ -698,9 +858,10 @@ class Windows(torch.utils.data.Dataset):
         """-> v, uint8 (windows, T, 3, h, w) and "", or None and the problem: nothing is ever replaced."""
         if v in self.problems:
             return v, None, self.problems[v]
-        frames = sum(eval_windows(int(self.lengths[v]), self.T, self.step, self.windows), [])
+        frames = sum(eval_windows(int(self.shapes[v, 0]), self.T, self.step, self.windows), [])
         try:
-            return v, decode(os.fsdecode(self.files[v]), frames, self.side).unflatten(0, (-1, self.T)), ""
+            clips = decode(os.fsdecode(self.files[v]), frames, self.side, order=self.orders[v])
+            return v, clips.unflatten(0, (-1, self.T)), ""
         except VideoError as error:
             return v, None, reason(error, os.fsdecode(self.files[v]))
 

@@ -11,7 +11,6 @@ same command goes on. A test video that cannot be read counts as wrong and is na
 """
 import argparse
 import json
-import os
 import sys
 
 import numpy as np
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, resume, run, save, share_buffers,
-                    shared_parser, step_scaled, told, warmup_cosine, write_result)
+                    list_and_scan, load_for_judging, most_frequent, on_first, optimisation_flags, resume, run, save,
+                    share_buffers, shared_parser, step_scaled, told, warmup_cosine, write_result)
 from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
@@ -38,13 +37,7 @@ def finetune_defaults(dataset):
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser, _ = shared_parser(__doc__, argv, judging="ten")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the training videos (Sec. 4.2)")
-    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.2)")
-    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
-    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    group = optimisation_flags(parser)
     group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
     dataset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].dataset
     parser.set_defaults(**finetune_defaults(dataset))
@@ -77,7 +70,7 @@ def train(network, split, index, args, out, rank, world, device):
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     model.train()
     batches = iter(step_loader(clips, args.batch_size, step, steps, args.workers, rank, world))
-    progress = Progress(out, step, steps, steps_an_epoch, args.batch_size, args.log_every, device)
+    progress = Progress(out, clips.files, step, steps, steps_an_epoch, args.batch_size, args.log_every, device)
     while step < steps:
         batch = progress.wait_for(batches)
         label = batch["label"].to(device, non_blocking=True)                    # (B,)
@@ -85,11 +78,6 @@ def train(network, split, index, args, out, rank, world, device):
         with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
             logits = model(x).float()                                           # (B, classes)
         loss = F.cross_entropy(logits, label)
-        if not loss.isfinite():
-            names = ", ".join(os.fsdecode(clips.files[v]) for v in batch["video"].tolist())
-            raise ValueError(f"step {step + 1}: the loss is not finite: cross entropy {loss.item():.4g} "
-                             f"({out / 'checkpoint.pt'}, if there, is from before; the videos: {names})")
-
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaled = step_scaled(scaler, optimizer, loss)
@@ -97,7 +85,7 @@ def train(network, split, index, args, out, rank, world, device):
         schedule.step()
         step += 1
         accuracy = (logits.argmax(1) == label).float().mean()
-        leave = progress.done(step, len(paths), lr, loss=loss, train_acc=accuracy, **scaled)
+        leave = progress.done(step, lr, loss=loss, train_acc=accuracy, **scaled)
 
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, **parts)

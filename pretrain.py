@@ -6,7 +6,6 @@
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
 import contextlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
-                    resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
+                    optimisation_flags, resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
                     warmup_cosine)
 from data import Pairs, Windows, augmented, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
@@ -35,17 +34,11 @@ def parse_args(argv=None):
     group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
                        help="playback speeds, in source frames a step (Sec. 3.2)")
     group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
-    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
-    group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
-    group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
+    group = optimisation_flags(parser)
     group.add_argument("--accumulate", type=int, default=1, metavar="N",
                        help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
     group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well, if that package is there")
     group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
                        help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
@@ -158,7 +151,7 @@ def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), 
     """The gradient of one batch, cut into n parts: first the keys of all parts, then each part against all keys.
 
     That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
-    -> {name: mean over the parts}: loss, terms, scores. ValueError: a loss is not finite.
+    -> {name: mean over the parts}: loss, terms, scores. ValueError: what the losses refuse, on a CPU.
     """
     parts, keys, values = split_batch(batch, n), None, {}
     if n > 1:
@@ -172,9 +165,6 @@ def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), 
                 out = network(augmented(part))                                  # clips (B, 2, 3, T, H, W) -> dict
             terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
             loss = sum(terms.values())                                          # Table 1: plain sums
-            if not loss.isfinite():
-                told = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
-                raise ValueError(f"the loss is not finite: {told}")
             (scaler.scale(loss / n) if scaler else loss / n).backward()
         for name, value in dict(loss=loss, **terms, **scores).items():
             values[name] = values.get(name, 0) + value.detach() / n
@@ -227,8 +217,8 @@ def main(argv=None):
 
     # Train
     batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
-    progress = Progress(out, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every, device,
-                        args.tensorboard)
+    progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every,
+                        device, args.tensorboard)
     while step < steps:
         batch = progress.wait_for(batches)
         seeds = batch.pop("seed")                                               # (B, n), used on the CPU
@@ -237,14 +227,12 @@ def main(argv=None):
         try:
             values = forward_backward(network, batch, args.accumulate, args.lam, autocast, scaler)
         except ValueError as error:
-            names = ", ".join(os.fsdecode(pairs.files[v]) for v in batch["video"].tolist())
-            raise ValueError(f"step {step + 1}: {error} ({out / 'checkpoint.pt'}, if there, is from before; "
-                             f"the videos: {names})") from None
+            raise progress.failed(step + 1, error) from None
         values |= step_scaled(scaler, optimizer, values["loss"])
         lr = schedule.get_last_lr()[0]
         schedule.step()
         step += 1
-        leave = progress.done(step, len(paths), lr, **values)
+        leave = progress.done(step, lr, **values)
 
         if rank == 0 and (leave or step % steps_an_epoch == 0):
             save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_decode import numbered, write_video
 from torchvision.models.video import R3D_18_Weights
+from torchvision.transforms import v2
 
 import data
 from data import (Clips, Pairs, Split, Tau, VideoError, Windows, colour, decode, draw_view, eval_windows,
@@ -310,14 +311,16 @@ def copy(videos, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the files that are decoded by scans from now on."""
-    names, count = [], data.count_frames
-    monkeypatch.setattr(data, "count_frames", lambda file: (names.append(Path(file).name), count(file))[1])
+    names, examine = [], data.examine
+    monkeypatch.setattr(data, "examine", lambda file: (names.append(Path(file).name), examine(file))[1])
     return names
 
 
 def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted):
     split = load_split("folder", videos)
-    expected = {path: (length, 24, 32, "") for path, length in LENGTHS.items()}
+    expected = {path: data.examine(videos / path) for path in LENGTHS}
+    assert {path: entry[:4] for path, entry in expected.items()} == {p: (n, 24, 32, "") for p, n in LENGTHS.items()}
+    del counted[:]
     assert scan(split, tmp_path / "new" / "index.json", workers=2) == expected and len(counted) == 13
     assert scan(split, tmp_path / "new" / "index.json") == expected and len(counted) == 13
     assert scan(split) == scan(split) == expected and len(counted) == 26         # remembered in the user's cache
@@ -332,11 +335,12 @@ def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
     os.utime(copy / "walk/01.avi", ns=(0, times[0]))                            # another size at the same time
     os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))                         # another time
     del counted[:]
-    assert scan(split, index)["walk/01.avi"] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
+    assert scan(split, index)["walk/01.avi"][:4] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"\xff\x00", b'{"run/00.avi": [1', b"[]", b"null", b"7",
-                                    b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}'])
+                                    b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}',
+                                    b'{"run/00.avi": [1, 2, 20, 24, 32, ""]}'])
 def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage):
     split, index = load_split("folder", videos), tmp_path / "index.json"
     before = scan(split, index)
@@ -352,16 +356,16 @@ def test_unreadable_files_are_reported_with_the_problem(copy, tmp_path):
     os.rename(copy / "walk/01.avi", copy / os.fsdecode(b"walk/caf\xe9.avi"))
     split = load_split("folder", copy)
     index = scan(split, tmp_path / "index.json")
-    assert index["run/00.avi"] == (0, 0, 0, "Invalid data found when processing input")
-    assert index["run/02.avi"][0] < 26 and index[os.fsdecode(b"walk/caf\xe9.avi")] == (23, 24, 32, "")
+    assert index["run/00.avi"] == (0, 0, 0, "Invalid data found when processing input", "")
+    assert index["run/02.avi"][0] < 26 and index[os.fsdecode(b"walk/caf\xe9.avi")][:4] == (23, 24, 32, "")
     assert scan(split, tmp_path / "index.json") == index
 
 
 def planned(total, missing=0, unreadable=0, short=0, cut=0):
     """A split and its index, made up: so many videos missing, unreadable, short, unreadable after 20 frames."""
     paths = [f"{k:03d}.avi" for k in range(total)]
-    kinds = [(0, 0, 0, "no moov")] * unreadable + [(9, 8, 8, "")] * short + [(20, 8, 8, "bad")] * cut
-    index = dict(zip(paths[missing:], kinds + [(99, 8, 8, "")] * total))
+    kinds = [(0, 0, 0, "no moov", "")] * unreadable + [(9, 8, 8, "", "")] * short + [(20, 8, 8, "bad", "")] * cut
+    index = dict(zip(paths[missing:], kinds + [(99, 8, 8, "", "")] * total))
     return Split("plan", Path("x"), paths, [None] * total, [], {p: Path(p) for p in index}, paths[:missing]), index
 
 
@@ -420,6 +424,24 @@ def test_colour_is_constant_over_a_clip_and_differs_between_clips():
     jittered = colour(still, range(20))
     assert torch.equal(jittered, jittered[:, :, :1].expand_as(jittered))
     assert len({clip.numpy().tobytes() for clip in jittered}) > 12              # 16 % keep their colours
+
+
+def test_colours_are_torchvisions_for_the_same_seed():
+    given = clips(60)
+    given[:, 0] = given[:, 1, :1]                                               # grey: no hue
+    given[:, 2, :, :4] = 0
+    reference = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+
+    def expected(clip, seed):
+        with data.seeded(seed):
+            return reference(clip)
+    ours = data.jitter(given, range(60))
+    theirs = torch.stack([expected(clip / 255, seed) for seed, clip in enumerate(given)]) * 255
+    assert len({tuple(k for k, _ in data.draw_colour(seed)) for seed in range(60)}) > 20     # in many orders
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    cut = torch.stack([expected(clip, seed) for seed, clip in enumerate(given)])        # uint8 is cut off at each step
+    assert (ours - cut).abs().mean() < 1.5
+    torch.testing.assert_close(colour(given, range(60)), normalise(ours), rtol=0, atol=0)
 
 
 def test_colours_are_jittered_and_lost_as_often_as_said():
@@ -527,7 +549,7 @@ def test_clips_for_fine_tuning_are_labelled_and_play_forwards_at_the_step_that_f
     asked = []
     monkeypatch.setattr(data, "decode", lambda *args: asked.append(args) or torch.zeros(8, 3, 16, 16))
     (batch,) = batches(dataset(videos, Clips), 0, 1, items=13)
-    for (file, frames, _, boxes), label in zip(asked, batch["label"].tolist(), strict=True):
+    for (file, frames, _, boxes, _), label in zip(asked, batch["label"].tolist(), strict=True):
         path = str(Path(file).relative_to(videos))
         step = min(4, (LENGTHS[path] - 1) // 7)
         assert path.startswith(["run", "walk"][label]) and len(set(boxes)) == 1
@@ -601,7 +623,7 @@ def test_a_group_shares_what_its_equivariance_says_and_nothing_else(videos, monk
 def test_windows_are_whole_frames_and_unreadable_videos_are_told_not_replaced(copy):
     split = load_split("folder", copy)
     index = scan(split)
-    windows = Windows(split, index | {"run/00.avi": (0, 0, 0, "bad")}, T=8, size=14, windows=3)
+    windows = Windows(split, index | {"run/00.avi": (0, 0, 0, "bad", "")}, T=8, size=14, windows=3)
     os.truncate(copy / "run/02.avi", 100)
     frames = sum(eval_windows(index[split.paths[5]][0], 8, 4, 3), [])
     v, clip, problem = windows[5]

@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 import wave
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from av.video.frame import PictureType
 from conftest import SHARED
 
 import data
-from data import VideoError, count_frames, decode, draw_view
+from data import VideoError, count_frames, decode, draw_view, examine, read_needed, toy_video
 
 ODD = SHARED / "videos" / "odd"
 MANIFEST = list(csv.DictReader(open(ODD / "manifest.csv"))) if ODD.is_dir() else []
@@ -183,6 +184,122 @@ def test_original_ucf101_files_give_the_frames_of_a_decode_in_order(shared):
         expected, n = in_order(path, wanted := some(count, 12))
         assert n == count
         assert np.array_equal(decode(path, wanted).permute(0, 2, 3, 1), expected), path
+
+
+# ---- Only what is needed: read_needed ----
+
+MOVING = {
+    "h264_with_b_pyramid.mp4": dict(codec="libx264", bf="7", g="32", **{"x264-params": "b-pyramid=normal"}),
+    "h264_with_open_gops.ts": KINDS["h264_with_open_gops.mp4"],
+    "h264_with_intra_refresh.mp4": dict(codec="libx264", bf="0", g="12", **{"x264-params": "intra-refresh=1"}),
+    "h264_with_intra_refresh.ts": dict(codec="libx264", bf="0", g="12", **{"x264-params": "intra-refresh=1"}),
+    "h264_interlaced.mp4": dict(codec="libx264", bf="2", g="12", **{"x264-params": "tff=1"}),
+    "hevc_with_open_gops.mp4": dict(
+        codec="libx265", **{"x265-params": "bframes=4:keyint=12:open-gop=1:log-level=none"}),
+    "mpeg4_with_b_frames.avi": dict(codec="mpeg4", bf="2", g="12", flags="+qpel+mv4"),
+    "mpeg2.mpg": dict(codec="mpeg2video", bf="2", g="12"),
+    "vp9.webm": dict(codec="libvpx-vp9", deadline="realtime", g="12"),
+}
+
+
+@pytest.fixture(scope="session")
+def moving(tmp_path_factory):
+    """Videos in which something moves, so that a frame decoded from wrong references shows."""
+    folder, frames = tmp_path_factory.mktemp("moving"), list(toy_video("Orbit", np.random.default_rng(0), 64)[:60])
+    return {kind: write_video(folder / kind, frames, **options) for kind, options in MOVING.items()}
+
+
+def needed(path, asked=8):
+    """Ask read_needed for clips at several speeds: every frame that it gives must be that of a decode in order, bit for
+    bit -> how many frames were asked for, and given."""
+    frames, *_, order = examine(path)
+    expected, _ = in_order(path, range(frames))
+    rng, counts = random.Random(0), [0, 0]
+    for _ in range(asked if order else 0):
+        speed, start = rng.choice([1, 2, 4, 8]), rng.randrange(frames)
+        wanted = {rng.randrange(frames), *range(start, min(frames, start + 8 * speed), speed)}
+        given = {n: frame.to_ndarray(format="rgb24") for n, frame in read_needed(path, wanted, order)}
+        assert given.keys() <= wanted and all(np.array_equal(expected[n], image) for n, image in given.items()), path
+        counts[0], counts[1] = counts[0] + len(wanted), counts[1] + len(given)
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS | MOVING)
+def test_needed_frames_are_those_of_a_decode_in_order(written, moving, kind):
+    for files in (written, moving):
+        if kind in files:
+            asked, given = needed(files[kind])
+            assert given == asked > 0 or "refresh" in kind                      # which has no order
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_needed_frames_of_real_files_are_those_of_a_decode_in_order(name):
+    asked, given = needed(ODD / name, 1 if (ODD / name).suffix in (".mpeg", ".webm", ".mkv", ".ts") else 3)
+    assert asked > 0 and (given == asked or name == "av1_video.mkv")
+
+
+def test_needed_frames_of_original_ucf101_files_are_those_of_a_decode_in_order(shared):
+    for path in sorted((shared / "videos" / "ucf_original" / "UCF-101").glob("*/*.avi"))[::8]:
+        asked, given = needed(path, 4)
+        assert asked == given > 0
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """(packet, whether it may be passed over) for all that is sent to a decoder from now on; None: it starts afresh."""
+    packets, open_video = [], data.open_video
+
+    class Recorder:
+        def __init__(self, codec):
+            self.codec, self.skip_frame = codec, "DEFAULT"
+
+        def decode(self, packet):
+            self.codec.skip_frame = self.skip_frame
+            packets.extend([] if packet is None else [(packet.opaque[0], self.skip_frame == "NONREF")])
+            return self.codec.decode(packet)
+
+        def flush_buffers(self):
+            packets.append(None)
+            self.codec.flush_buffers()
+
+    @contextmanager
+    def recorded(path, unpack=False):
+        with open_video(path, unpack) as (codec, stream):
+            yield Recorder(codec), stream
+    monkeypatch.setattr(data, "open_video", recorded)
+    return packets
+
+
+@pytest.mark.parametrize("kind, wanted, expected", [
+    ("all_key_frames.mp4", [10, 40], [None, (10, False), None, (40, False)]),
+    ("motion_jpeg.avi", [0, 1, 3], [(0, False), (1, False), None, (3, False)]),
+    ("mpeg4.avi", [14, 51], [None, (12, True), (13, True), (14, False), None, (48, True), (49, True), (50, True),
+                             (51, False)]),
+    ("mpeg4_with_b_frames.avi", [1], [(0, True), (1, True), (2, False)])])      # I P B B: frame 1 is packet 2
+def test_groups_and_packets_that_nothing_needs_are_not_sent(written, sent, kind, wanted, expected):
+    order = examine(written[kind])[4]
+    del sent[:]
+    assert numbers(decode(written[kind], wanted, order=order)) == wanted
+    assert sent == expected
+
+
+@pytest.mark.parametrize("failure", ["leaves a frame out", "raises an error"])
+def test_where_the_order_does_not_hold_frames_are_counted(written, monkeypatch, failure):
+    def broken(path, wanted, order):
+        yield from itertools.islice(read_needed(path, wanted, order), 2)
+        if failure == "raises an error":
+            raise VideoError("broken")
+    monkeypatch.setattr(data, "read_needed", broken)
+    path, wanted = written["h264_with_b_frames.mp4"], [40, 3, 25, 40]
+    assert numbers(decode(path, wanted, order=examine(path)[4])) == wanted
+    with pytest.raises(VideoError, match="frame 60 .* only 60 frames"):
+        decode(path, [60], order=examine(path)[4])
+
+
+def test_a_file_that_ends_in_an_error_or_has_p_frames_as_key_frames_has_no_order(shared, moving):
+    assert examine(shared / "videos" / "odd" / "corrupted.mp4")[4] == ""
+    for kind, path in moving.items():
+        assert bool(examine(path)[4]) == ("refresh" not in kind), kind
 
 
 # ---- Files that cannot be read ----

@@ -314,7 +314,7 @@ def train_and_get_a_signal(rank, *args):
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_with_a_checkpoint(world, tmp_path):
     argv = words(world, tmp_path, "--log-every", 1000)
-    assert together(2, train_and_get_a_signal, argv, tmp_path) == [1, 1] and stored(tmp_path)["step"] == 4
+    assert together(2, train_and_get_a_signal, argv, tmp_path) == [1, 1] and stored(tmp_path)["step"] == 5    # known at the next step
     assert together(2, train_as, argv, tmp_path) == [0, 0] and stored(tmp_path)["step"] == STEPS
 
 
@@ -437,7 +437,7 @@ def network(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name, said", [("speed", r"the loss is not finite: inst [\d.]+, equi [\d.]+, speed nan, direc"),
+@pytest.mark.parametrize("name, said", [("speed", r"the loss is not finite: loss nan, inst [\d.]+, equi [\d.]+, speed nan, di"),
                                         ("psi", "similarities are not finite: a feature is NaN")])
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_videos_and_keeps_the_checkpoint(
         world, tmp_path, network, at_step, name, said):
@@ -450,7 +450,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_videos_and_keeps_th
 
 def test_fine_tuning_stops_at_a_loss_that_is_not_finite_too(world, whole, tmp_path, network, at_step):
     at_step(2, lambda: torch.nn.init.constant_(network[0][-1].weight, float("inf")))
-    with pytest.raises(ValueError, match=r"^step 3: the loss is not finite: cross entropy nan \(.*the videos: ") as caught:
+    with pytest.raises(ValueError, match=r"^step 3: the loss is not finite: loss nan \(.*the videos: ") as caught:
         finetune.main(judging("finetune", world, whole, tmp_path, "--batch-size", 8, "--epochs", 2))
     assert len(set(re.findall(r"v_\w+\.avi", str(caught.value)))) == 8
 
@@ -476,6 +476,70 @@ def test_an_fp16_step_that_overflows_is_left_out_and_logged(world, tmp_path, mon
         optimizer.zero_grad()
     off = torch.amp.GradScaler("cpu", enabled=False)
     assert common.step_scaled(off, optimizer, weight.sum()) == {}
+
+
+@pytest.mark.parametrize("terms", [("inst", "speed"), ("speed",)])               # step 6 fails; or ends, with a checkpoint
+def test_the_first_step_that_was_not_finite_is_named_when_others_followed_it(world, tmp_path, network, at_step, terms):
+    at_step(4, lambda: torch.nn.init.constant_(network[0].heads["speed"][-1].weight, float("nan")))
+    with pytest.raises(ValueError, match="^step 5: the loss is not finite: loss nan, (inst [0-9.]+, )?speed nan ") as caught:
+        train(world, tmp_path, "--log-every", 1000, "--losses", *terms)
+    names = [f"v_{('Spin', 'Zoom')[v % 2]}_g{v // 2 + 1:02d}_c01.avi" for v in data.epoch_order(0, 1, 24)[8:16]]
+    assert sorted(re.findall(r"v_\w+\.avi", str(caught.value))) == sorted(names)
+    assert stored(tmp_path)["step"] == 3
+
+
+# ---------------------------------------------------------------------- waiting for the device
+
+
+class NoBlockingCopies(torch.overrides.TorchFunctionMode):
+    """Refuses copies to the device that are waited for: not non_blocking, or made there of Python's numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result, kwargs = function(*args, **(kwargs or {})), kwargs or {}
+        if function in (torch.tensor, torch.as_tensor, torch.Tensor.to, torch.Tensor.new_tensor) and result.is_meta:
+            there = function is torch.Tensor.to and (args[0].is_meta or kwargs.get("non_blocking"))
+            assert there, f"{function} copies and waits"
+        return result
+
+
+@pytest.mark.parametrize("script, flags", [("pretrain", ()), ("pretrain", ("--accumulate", 2)), ("finetune", ()), (
+    "pretrain", ("--losses", "inst", "distinct", "speed"))])
+def test_steps_between_log_lines_do_not_wait_for_the_device(world, whole, tmp_path, monkeypatch, script, flags):
+    """A tensor on torch's device "meta" has no value: what needs one, and so would wait, raises NotImplementedError."""
+    for module in (pretrain, finetune):
+        monkeypatch.setattr(module, "init_distributed", lambda: (0, 1, torch.device("meta")))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())    # there is none for meta
+    done, wait_for, steps, modes = common.Progress.done, common.Progress.wait_for, [], contextlib.ExitStack()
+
+    def wait_and_watch(*args):
+        if not steps:
+            modes.enter_context(NoBlockingCopies())
+        return wait_for(*args)
+    monkeypatch.setattr(common.Progress, "wait_for", wait_and_watch)
+    monkeypatch.setattr(common.Progress, "done", lambda self, step, *a, **b: steps.append(step) or done(self, step, *a, **b))
+    with modes, pytest.raises(NotImplementedError, match="meta") as caught:
+        if script == "pretrain":
+            train(world, tmp_path, "--log-every", 2, *flags)
+        else:
+            finetune.main(judging(script, world, whole, tmp_path, "--batch-size", 8, "--log-every", 2))
+    assert steps == [1, 2] and [entry.name for entry in caught.traceback].count("look") == 1
+
+
+class NoValues(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what makes a number of Python's of a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "waits"
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_the_log_tells_of_fp16_is_not_waited_for():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.AdamW([weight], fused=True), torch.amp.GradScaler("cpu")    # fused: as on a GPU
+    scaler.scale(weight.sum()).backward()
+    with NoValues():
+        told = common.step_scaled(scaler, optimizer, weight.sum())
+    assert told == dict(overflow=0, loss_scale=65536) and weight.item() < 1
 
 
 # ---------------------------------------------------------------------- security

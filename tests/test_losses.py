@@ -1,5 +1,6 @@
 """Run: python -m pytest tests/test_losses.py"""
 import ast
+import contextlib
 import inspect
 import math
 import shutil
@@ -286,6 +287,36 @@ def test_features_that_are_not_finite_are_refused(loss, ids, bad):
     for x, y in ((broken, features()), (features(), broken)):
         with pytest.raises(ValueError, match="not finite: a feature is NaN or infinite"):
             loss(x, *ids, keys=(y, *ids))
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    """losses.py as it runs on a GPU, which is not waited for: the looks at values left out."""
+    source, code = (ROOT / "losses.py").read_text(), {}
+    assert source.count('.device.type == "cpu" and ') == 4
+    exec(source.replace('.device.type == "cpu" and ', '.device.type == "none" and '), code)
+    return code
+
+
+@every
+def test_on_a_gpu_what_a_cpu_refuses_gives_a_loss_that_is_not_finite_and_all_else_the_same(loss, ids, on_gpu):
+    there, alone = on_gpu[loss.__name__], ids.clone()
+    assert torch.equal(there(features(), *ids), loss(features(), *ids))
+    alone[:, -1] = 99                                                           # an anchor without any positive
+    assert not there(features(), *alone).isfinite()
+    for lam in (0.0112, 0.005):                                                 # e^(1/λ) leaves float32 at λ = 0.01127
+        assert not there(torch.ones(12, 3), *ids, lam=lam).isfinite()
+    for bad in (math.nan, math.inf, -math.inf):
+        broken = features().detach()
+        broken[5, 2] = bad
+        for x, y in ((broken, features()), (features(), broken)):
+            assert not there(x, *ids, keys=(y, *ids)).isfinite()
+
+
+@every
+def test_on_other_devices_than_the_cpu_the_losses_look_at_no_value(loss, ids, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())    # there is none for meta
+    assert loss(features().to("meta"), *ids.to("meta")).shape == ()             # where a look raises an error
 
 
 @both
