@@ -115,11 +115,12 @@ BACKBONES = {"r3d18": r3d18, "r3d18_tv": r3d18_tv, "r2plus1d18": r2plus1d18, "s3
 
 
 def new_backbone(arch: str) -> nn.Module:
-    """F, freshly initialised, with `.dim`, its name `.arch`, and `.args` for training arguments, still empty."""
+    """F, freshly initialised, with `.dim` and its name `.arch`; still empty are `.args`, for training arguments, and
+    `.heads`, for the weights that a file holds beside F."""
     if arch not in BACKBONES:
         raise ValueError(f"arch is {arch!r}, but must be one of {', '.join(BACKBONES)}")
     net = BACKBONES[arch]()
-    net.arch, net.args = arch, {}
+    net.arch, net.args, net.heads = arch, {}, {}
     return net
 
 
@@ -201,8 +202,8 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
 
     path: our backbone.pt {"arch", "backbone", "args"}, our checkpoint.pt {"model", "args", ...}, a torchvision
           state dict (`arch` says of which network), or "random" for a fresh `arch`. The prefixes of DDP and
-          torch.compile do not matter; heads and classifiers in the file are ignored.
-    -> module (B, 3, T, H, W) -> (B, D) with `.dim`, `.arch` and `.args`, the stored training arguments or {}
+          torch.compile do not matter; heads and classifiers in the file are ignored (see with_psi).
+    -> module (B, 3, T, H, W) -> (B, D) with `.dim`, `.arch`, `.args`, the stored training arguments or {}, and `.heads`
     """
     if str(path) == "random":
         net = new_backbone(arch)
@@ -229,14 +230,24 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
         raise ValueError(f"{path} holds {stored_arch}, but arch is {arch}")
     net = new_backbone(arch or stored_arch)
 
-    found, ignored = {}, Counter()
+    found, heads = {}, {}
     for key, value in state.items():
         parts = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
         if parts[0] in ("heads", "fc", "classifier"):
-            ignored[f"{parts[0]}.*"] += 1
+            heads[".".join(parts)] = value
         else:
             found[".".join(parts).removeprefix("backbone.")] = value
 
+    fill(net, found, path, net.arch)
+    net.args, net.heads = args, heads
+    ignored = Counter(f"{name.split('.')[0]}.*" for name in heads)
+    print(f"loaded {net.arch} from {path}: {len(found)} of {len(found)} tensors"
+          + ("; ignored: " if ignored else "") + ", ".join(f"{name} ({n})" for name, n in ignored.items()))
+    return net.eval()
+
+
+def fill(net, found, path, name):
+    """Load all the weights of a network, {key: tensor} of the file `path`, or a ValueError naming the keys."""
     wanted = net.state_dict()
     problems = {"missing": [k for k in wanted if k not in found],
                 "unexpected": [k for k in found if k not in wanted],
@@ -244,10 +255,23 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
     if any(problems.values()):
         told = (f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                 for what, keys in problems.items() if keys)
-        raise ValueError(f"{path} does not fit {net.arch}, which has {len(wanted)} tensors: {', '.join(told)}")
-
+        raise ValueError(f"{path} does not fit {name}, which has {len(wanted)} tensors: {', '.join(told)}")
     net.load_state_dict(found)
-    net.args = args
-    print(f"loaded {net.arch} from {path}: {len(found)} of {len(wanted)} tensors"
-          + ("; ignored: " if ignored else "") + ", ".join(f"{name} ({n})" for name, n in ignored.items()))
-    return net.eval()
+
+
+def with_psi(backbone, path=None):
+    """F and its ψ (Sec. 3.1) in eval mode -> TimeEquivariant that gives psi alone.
+
+    backbone: F as load_backbone gives it; path: where it is from, and ψ too; None: ψ is freshly initialised.
+    ValueError: the file has no ψ.
+    """
+    model = TimeEquivariant(backbone.arch, ["equi"])
+    model.backbone = backbone
+    if path:
+        if "equi" not in backbone.args.get("losses", LOSSES):
+            raise ValueError(f"{path} has no psi: the run that wrote it had no term equi (--losses of pretrain.py)")
+        psi = {key.removeprefix("heads.psi."): x for key, x in backbone.heads.items() if key.startswith("heads.psi.")}
+        if not psi or "speeds" not in backbone.args:
+            raise ValueError(f"{path} has no psi: it is in checkpoint.pt of pretrain.py only (give that --checkpoint)")
+        fill(model.heads["psi"], psi, path, f"the psi of {backbone.arch}")
+    return model.eval()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
                     optimisation_flags, resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
                     warmup_cosine)
-from data import Pairs, Windows, colour, sources, step_loader, usable
+from data import Pairs, Windows, augmented, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TERMS, TimeEquivariant
 from retrieval import search, standardise
@@ -145,12 +145,6 @@ def split_batch(batch, n):
     """n equal parts of a batch, along the videos -> list of dicts."""
     parts = {name: value.chunk(n) for name, value in batch.items()}
     return [{name: part[k] for name, part in parts.items()} for k in range(n)]
-
-
-def augmented(batch):
-    """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W)."""
-    clips, seeds = batch["clips"], batch["seed"].flatten().tolist()
-    return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
 
 
 def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), scaler=None):

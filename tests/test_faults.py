@@ -700,6 +700,7 @@ WRONG = [                                                                       
     ("retrieval", lambda here: ["--k", 0], "--k must be at least 1, but is 0"),
     ("retrieval", lambda here: ["--k", 25], "--k 25 is larger than the gallery, ucf101 train split 1: 24 videos"),
     ("retrieval", lambda here: ["--picture", "sheet.doc"], "--picture must end in .png or .jpg, but is sheet.doc"),
+    ("retrieval", lambda here: ["--psi", "psi.pdf"], "--psi must end in .png or .jpg, but is psi.pdf"),
     ("retrieval", lambda here: ["--features", "found.csv"], "--features must end in .npz, but is found.csv"),
     ("retrieval", lambda here: ["--windows", 0], "--windows must be at least 1, but is 0"),
     ("finetune", lambda here: ["--step", 0], "--step must be at least 1, but is 0"),

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import linear_probe
 import retrieval
 from common import average_crops, views_of
 from data import Split, Windows, decode, load_split, normalise, scan, sources
-from models import classifier, new_backbone
+from models import TimeEquivariant, classifier, load_backbone, new_backbone, with_psi
 
 CPU = torch.device("cpu")
 CLASSES = ("Bend", "Climb", "Dive")
@@ -740,3 +741,137 @@ def test_videos_without_labels_or_an_own_test_set_end_in_one_sentence(tiny, own,
     assert "has no labels" in error(script.main, ["--dataset", "folder", "--data", own, "--checkpoint", checkpoint])
     assert "27 of 27 test videos are training videos too" in error(
         script.main, ["--dataset", "folder", "--data", tiny / "UCF-101", "--checkpoint", checkpoint])
+
+
+# ---------------------------------------------------------------------- --psi
+
+
+SPEEDS = [1, 2, 4]
+
+
+def drawn(groups, seed):
+    """Labels of groups of two of 20 videos, as data.Pairs has them."""
+    rng, rows = random.Random(seed), []
+    for _ in range(groups):
+        pairs, labels = data.sample_pair([60, 70], 4, SPEEDS, rng)
+        for video, pair in zip(rng.sample(range(20), 2), pairs):
+            rows.append(labels | dict(video=video, start=[tau.start for tau in pair]))
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def planted(labels):
+    """A ψ that is a function of the relative transformation alone, and near where that is near."""
+    shift = (labels["start"][:, 1] - labels["start"][:, 0]) / 80
+    parts = [2 * labels["direction"] - 1, labels["speed"] - 1, shift[:, None], torch.ones(len(shift), 1)]
+    return torch.cat([part.float() for part in parts], dim=1)
+
+
+def test_a_psi_that_is_the_transformation_gives_the_diagonal_and_falling_curves():
+    labels = drawn(150, 0)
+    found = retrieval.tell_apart(planted(labels), labels, SPEEDS, T=4)
+    assert found["partner"]["share"] == 1 and found["partner"]["chance"] < 0.05
+    for name, kinds in found["kinds"].items():
+        assert kinds["share"] == 1 and kinds["chance"] < 0.6
+        assert all(row is None or row[k] == 1 for k, row in enumerate(kinds["matrix"])), name
+    for curve in found["curves"].values():
+        cosines = [step["cosine"] for step in curve]
+        assert len(cosines) > 2 and cosines == sorted(cosines, reverse=True) and cosines[0] > cosines[-1] + 0.05
+
+
+def test_a_psi_that_knows_nothing_is_at_chance_and_its_curves_are_flat():
+    labels = drawn(600, 1)
+    found = retrieval.tell_apart(torch.randn(1200, 64, generator=torch.Generator().manual_seed(0)), labels, SPEEDS, T=4)
+    for part in (found["partner"], *found["kinds"].values()):
+        assert part["share"] == pytest.approx(part["chance"], abs=0.04)
+    steps = [step for curve in found["curves"].values() for step in curve if step["pairs"] > 100]
+    assert len(steps) > 10 and all(abs(step["cosine"]) < 0.05 for step in steps)
+
+
+def test_what_psi_tells_apart_equals_a_double_loop():
+    labels = drawn(40, 2)
+    psi = planted(labels) + torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+    rows = [{name: value[n].tolist() for name, value in labels.items()} for n in range(80)]
+    unit = (psi / psi.norm(dim=1, keepdim=True)).double()
+    steps, nearest, alike, total = {}, [], 0, 0
+    for n, a in enumerate(rows):
+        best = None
+        for m, b in enumerate(rows):
+            if a["video"] == b["video"]:
+                continue
+            cosine = float(unit[n] @ unit[m])
+            best = m if best is None or cosine > float(unit[n] @ unit[best]) else best
+            shift = abs(a["start"][1] - a["start"][0] - b["start"][1] + b["start"][0])
+            speed = sum(abs(x - y) for x, y in zip(a["speed"], b["speed"]))     # classes of 1, 2, 4: octaves
+            turned = sum(x != y for x, y in zip(a["direction"], b["direction"]))
+            for name, value, same in (("shift", next(x for x in (0, 1, 2, 4, 8, 16, 32, 64, 128) if shift <= x),
+                                       speed == turned == 0), ("speed", speed, shift <= 4 and turned == 0),
+                                      ("direction", turned, shift <= 4 and speed == 0)):
+                if same and n < m:
+                    steps.setdefault((name, value), []).append(cosine)
+        nearest.append(best)
+        others = [b for b in rows if b["video"] != a["video"]]
+        alike, total = alike + sum(b["pq"] == a["pq"] for b in others) / len(others), total + 1
+    found = retrieval.tell_apart(psi, labels, SPEEDS, T=4)
+    seen = {(name, step["up_to"]): step for name, curve in found["curves"].items() for step in curve}
+    assert seen.keys() == steps.keys() and all(seen[key]["pairs"] == len(x) for key, x in steps.items())
+    assert all(seen[key]["cosine"] == pytest.approx(np.mean(x), abs=1e-6) for key, x in steps.items())
+    right = [rows[m]["pq"] == rows[n]["pq"] for n, m in enumerate(nearest)]
+    assert found["partner"]["share"] == pytest.approx(np.mean(right))
+    assert found["partner"]["chance"] == pytest.approx(alike / total)
+    for name, kind in (("speed", lambda row: 3 * row["speed"][0] + row["speed"][1]),
+                       ("direction", lambda row: 2 * row["direction"][0] + row["direction"][1]),
+                       ("order", lambda row: row["order"])):
+        for k, line in enumerate(found["kinds"][name]["matrix"]):
+            of = [kind(rows[m]) for n, m in enumerate(nearest) if kind(rows[n]) == k]
+            assert line == (pytest.approx([of.count(c) / len(of) for c in range(len(line))]) if of else None)
+
+
+def save_checkpoint(path, **args):
+    """What pretrain.py writes, as far as judging reads it."""
+    torch.manual_seed(3)
+    args = dict(arch="r3d18_narrow", losses=["inst", "equi"], speeds=[1, 2], frames=4, size=16) | args
+    torch.save(dict(args=args, model=TimeEquivariant("r3d18_narrow", args["losses"]).state_dict()), path)
+    return path
+
+
+def test_the_picture_of_psi_is_drawn_and_the_result_holds_its_numbers(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retrieval, "GROUPS", 30)
+    checkpoint = save_checkpoint(tmp_path / "checkpoint.pt")
+    found = []
+    for out in ("a", "b"):
+        retrieval.main(words(tiny, checkpoint, tmp_path / out, "--k", 1, "--psi", tmp_path / out / "new" / "psi.png"))
+        found.append(strict(tmp_path / out / "retrieval-ucf101.json")["splits"][0]["psi"])
+        assert np.asarray(Image.open(tmp_path / out / "new" / "psi.png")).std() > 10
+    assert found[0] == found[1] and found[0]["videos"] == 9 and found[0]["pairs"] == 64 and found[0]["replaced"] == {}
+    assert found[0]["checkpoint"]["partner"].keys() == found[0]["random"]["partner"].keys() == {"share", "chance"}
+    assert found[0]["checkpoint"]["kinds"]["speed"]["words"] == ["1x 1x", "1x 2x", "2x 1x", "2x 2x"]
+    assert found[0]["checkpoint"] != found[0]["random"]
+    assert "the nearest psi of another video" in capsys.readouterr().out
+
+
+def test_psi_is_the_networks_own_in_eval_mode(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint.pt")
+    stored = torch.load(checkpoint, weights_only=True)
+    for name, value in stored["model"].items():
+        if "heads" in name and "running_mean" in name:
+            value.normal_()                                                     # no batch of clips has these
+    torch.save(stored, checkpoint)
+    whole = TimeEquivariant("r3d18_narrow", ["inst", "equi"]).eval()
+    whole.load_state_dict(stored["model"])
+    clips = torch.randn(4, 2, 3, 4, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(with_psi(load_backbone(checkpoint), checkpoint)(clips)["psi"], whole(clips)["psi"])
+
+
+def test_a_checkpoint_without_psi_ends_in_one_sentence(tiny, checkpoint, tmp_path):
+    broken = save_checkpoint(tmp_path / "broken.pt")
+    stored = torch.load(broken, weights_only=True)
+    del stored["model"]["heads.psi.6.bias"]
+    torch.save(stored, broken)
+    for path, sentence in ((checkpoint, "backbone.pt has no psi: it is in checkpoint.pt of pretrain.py only"),
+                           ("random", "random has no psi: it is in checkpoint.pt of pretrain.py only"),
+                           (save_checkpoint(tmp_path / "inst.pt", losses=["inst"]), "the run that wrote it had no"),
+                           (broken, "does not fit the psi of r3d18_narrow, which has 14 tensors: 1 missing (6.bias)")):
+        assert sentence in error(retrieval.main, words(tiny, path, tmp_path / "out", "--arch", "r3d18_narrow", "--psi",
+                                                       tmp_path / "psi.png"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "psi.png").exists()
