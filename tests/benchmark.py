@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from datetime import datetime
 from math import ceil
 from pathlib import Path
@@ -258,6 +259,8 @@ def in_child(function, jobs, timeout=120, anew=False):
         child = context.Process(target=serve, args=(function, jobs[len(told):], far), daemon=True)
         child.start()
         far.close()
+        with suppress(EOFError):
+            results.recv()
         while len(told) < len(jobs):
             try:
                 told.append(results.recv() if results.poll(timeout) else "hangs")
@@ -271,6 +274,7 @@ def in_child(function, jobs, timeout=120, anew=False):
 
 
 def serve(function, jobs, results):
+    results.send("ready")                                                       # its start does not count as a hang
     for job in jobs:
         try:
             results.send(function(*job))
@@ -637,7 +641,7 @@ def main(argv=None):
         sets = {}
         for name, part in dict(originals=(split, index, paths), shrunk=shrunk).items():
             if part:
-                some = (part[2] * s.batch)[:max(s.batch, len(part[2]))]         # few videos: each several times
+                some = (part[2] * s.batch)[:max(s.batch, 8, len(part[2]))]      # few videos: each several times
                 sets[name] = Pairs(part[0], some, part[1], s.frames, s.size)
         titles = {1: "reading, one core", 2: f"the loader, clips of {s.frames} x {s.size} x {s.size}",
                   3: "the training step alone", 4: f"both together, {s.arch}, {s.amp}, batch {s.batch}",
