@@ -63,7 +63,7 @@ def test_the_floor_decodes_the_frames_asked_for_and_fewer_packets_than_there_are
 
 
 def test_a_route_that_hangs_is_given_up_and_the_next_file_goes_on():
-    assert benchmark.in_child(pause, [(0,), (100,), (0,)], timeout=20) == ["awake", "hangs", "awake"]
+    assert benchmark.in_child(pause, [(0,), (100,), (0,)], timeout=2) == ["awake", "hangs", "awake"]
 
 
 def pause(seconds):
@@ -81,9 +81,9 @@ def test_the_verdict_follows_from_the_rates(step, loader, shrunk, words):
     assert told.startswith(words[0]) and all(word in told for word in words)
 
 
-def test_flops_are_those_of_three_times_a_forward_pass_by_hand():
-    flops = benchmark.flops_of_a_clip("r3d18_narrow", 8, 32)
-    assert flops > 0 and 3.5 < benchmark.flops_of_a_clip("r3d18_narrow", 16, 64) / flops < 9    # positions: 8 times
+def test_flops_grow_with_the_size_of_a_clip():
+    small, large = (benchmark.flops_of_a_clip("r3d18_narrow", *shape) for shape in ((8, 32), (16, 64)))
+    assert 3.5 < large / small < 9                                              # 8 times the positions, and heads
 
 
 def test_a_place_without_videos_is_refused_in_a_sentence(tmp_path):
