@@ -710,17 +710,13 @@ def jitter(clips, seeds):
     return x
 
 
-<<<<<<< HEAD
-def normalise(clips: torch.Tensor) -> torch.Tensor:
-=======
 def augmented(batch):
     """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W)."""
     clips, seeds = batch["clips"], batch["seed"].flatten().tolist()
     return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
 
 
-def normalise(clips):
->>>>>>> psi
+def normalise(clips: torch.Tensor) -> torch.Tensor:
     """uint8 or float (N, T, 3, H, W) of 0 ... 255 -> float32 (N, 3, T, H, W), channels last in memory."""
     planes = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(clips.unbind(2), MEAN, STD)]   # (N, T, H, W)
     return torch.stack(planes, dim=-1).movedim(-1, 1)

@@ -3,8 +3,10 @@
     python tests/soak.py                                                        # all of it; --help: how to run less
 
 1. Files cut at every eighth and with bits flipped, each decoded in a worker process: every one must give frames or a
-   VideoError within BOUND seconds. 2. Decodes in loader processes that are started anew: resident memory and open files,
-   measured in the middle and at the end, must not grow. Prints figures; exit status 1 where something is wrong.
+   VideoError within BOUND seconds.
+2. Decodes in loader processes that are started anew: resident memory and open files, measured in the middle and at the
+   end, must not grow.
+Prints figures; exit status 1 where something is wrong.
 """
 import argparse
 import multiprocessing
@@ -20,13 +22,12 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from conftest import SHARED, forkserver
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import Pairs, VideoError, count_frames, decode, load_split, scan, step_loader, toy_video, write_video  # noqa
+from data import Pairs, VideoError, count_frames, decode, load_split, scan, step_loader, toy_video, write_video
 
-SHARED = ROOT.parent / "shared" / "videos"                                      # real videos; may be missing
-BOUND = 60                                                                      # seconds for one file, on a busy machine
+VIDEOS = SHARED / "videos"
+BOUND = 60                                                                      # seconds for a file, on a busy machine
 FLAT = 2048                                                                     # kB of growth that are no leak
 
 
@@ -38,15 +39,16 @@ def originals(folder):
     folder.mkdir(parents=True, exist_ok=True)
     frames = toy_video("Spin", np.random.default_rng(0), 48)[:60]
     write_video(folder / "mpeg4.avi", frames)
-    for name, options in {"h264.mp4": dict(g="12", bf="2"), "fast.mp4": dict(g="12", movflags="faststart")}.items():
-        with av.open(str(folder / name), "w", options={k: v for k, v in options.items() if k == "movflags"}) as container:
-            stream = container.add_stream("libx264", 25, options={k: v for k, v in options.items() if k != "movflags"})
+    for name, of_the_file, of_the_stream in (("h264.mp4", {}, dict(bf="2")),
+                                             ("fast.mp4", dict(movflags="faststart"), {})):
+        with av.open(str(folder / name), "w", options=of_the_file) as container:
+            stream = container.add_stream("libx264", 25, options=dict(g="12") | of_the_stream)
             stream.height, stream.width, stream.pix_fmt = 48, 48, "yuv420p"
             stream.codec_context.thread_count = 1
             for image in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
             container.mux(stream.encode())
-    real = [next(iter(sorted(SHARED.glob(pattern))), None) for pattern in
+    real = [next(iter(sorted(VIDEOS.glob(pattern))), None) for pattern in
             ("ucf8_128/**/*.avi", "odd/v_BabyCrawling_g02_c01.avi", "odd/TrumanShow*.avi", "odd/realshort.mp4",
              "odd/h265_video.mp4", "odd/no_duration.webm")]
     return sorted(folder.iterdir()) + [file for file in real if file and file.stat().st_size < 2 ** 20]
@@ -57,7 +59,8 @@ def mutations(files, count, seed=0):
     or in its first kB, where the container's header lies -> [(file, what, a number)]."""
     jobs, rng = [(file, "cut", eighth) for file in files for eighth in range(8)], random.Random(seed)
     while len(jobs) < count:
-        jobs.append((files[len(jobs) % len(files)], rng.choice(("flip 1", "flip 16", "flip 256", "head 16")), len(jobs)))
+        what = rng.choice(("flip 1", "flip 16", "flip 256", "head 16"))
+        jobs.append((files[len(jobs) % len(files)], what, len(jobs)))
     return jobs[:count]
 
 
@@ -92,7 +95,7 @@ def work(jobs, results):
 
 
 def verdicts(jobs, bound=BOUND):
-    """What came of each job, in a worker process that is started anew if it crashes or hangs -> [(verdict, seconds)]."""
+    """What came of each job, in a worker process, started anew if it crashes or hangs -> [(verdict, seconds)]."""
     context, told = multiprocessing.get_context("forkserver"), []
     while len(told) < len(jobs):
         results, far = context.Pipe(duplex=False)
@@ -149,7 +152,7 @@ def decode_on(decodes, restarts, workers):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "videos"
         root.mkdir()
-        files = sorted(SHARED.glob("ucf8_128/**/*.avi"))[::20] or originals(Path(folder) / "files")[:1] * 24
+        files = sorted(VIDEOS.glob("ucf8_128/**/*.avi"))[::20] or originals(Path(folder) / "files")[:1] * 24
         for n, file in enumerate(files):
             (root / f"{n:03d}.avi").symlink_to(file)
         split = load_split("folder", root)
@@ -162,7 +165,8 @@ def decode_on(decodes, restarts, workers):
                     step_loader(pairs, 1, restart * steps, (restart + 1) * steps, workers)]
             for worker in range(workers):
                 mine = np.array([row[1:] for row in rows if row[0] == worker])  # (steps / workers, 2)  kB, files
-                middle, end = (np.median(mine[at - len(mine) // 20 - 1:at], axis=0) for at in (len(mine) // 2, len(mine)))
+                middle, end = (np.median(mine[at - len(mine) // 20 - 1:at], axis=0)
+                               for at in (len(mine) // 2, len(mine)))
                 told.append((*middle.tolist(), *end.tolist()))
             parent = held()
             print(f"restart {restart + 1}: {(restart + 1) * steps * 2} decodes, {time.monotonic() - begun:.0f} s; the "
@@ -189,10 +193,8 @@ def main():
     parser.add_argument("--restarts", type=int, default=8, help="how often the workers are started (default: 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    multiprocessing.set_forkserver_preload(["data"])
-    wrong = break_files(args.files, args.workers) if args.files else []
+    with forkserver():
+        wrong = break_files(args.files, args.workers) if args.files else []
     wrong += decode_on(args.decodes, args.restarts, args.workers) if args.decodes else []
     sys.exit("\n".join(wrong) or None)
 

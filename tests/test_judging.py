@@ -1,19 +1,16 @@
-"""Run: python -m pytest tests/test_judging.py. The traps are those of shared/peers.md, section A3."""
+"""The judging scripts from video files to result files: their numbers, and what must not change them."""
 import hashlib
 import itertools
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from argparse import Namespace
 
-import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, fails, write_lists
 from PIL import Image
 from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import StandardScaler
@@ -25,7 +22,7 @@ import finetune
 import linear_probe
 import retrieval
 from common import average_crops, views_of
-from data import Split, Windows, decode, load_split, normalise, scan, sources
+from data import Split, Windows, decode, load_split, normalise, scan, sources, write_video
 from models import TimeEquivariant, classifier, load_backbone, new_backbone, with_psi
 
 CPU = torch.device("cpu")
@@ -34,19 +31,12 @@ LISTS = {1: {"train": ("08", "09", "10"), "test": ("01",)}, 2: {"train": ("01", 
 CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}                                    # 9 videos a class, of 4 groups
 
 
-def write_video(path, seed, hue, frames=24):
-    """A noisy texture that drifts; hue: which colour is somewhat brighter than it would be."""
+def drifting(seed, hue):
+    """24 frames of a noisy texture that drifts; hue: which colour is somewhat brighter than it would be."""
     rng = np.random.default_rng(seed)
     texture, shift = rng.integers(0, 140, (32, 48, 3)) + rng.integers(0, 90, 3), rng.integers(1, 4)
-    texture[..., hue] += 25                                                        # some are told right, some wrong
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(os.fspath(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        for n in range(frames):
-            picture = np.roll(texture, shift * n, axis=1).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
+    texture[..., hue] += 25                                                     # some are told right, some wrong
+    return np.stack([np.roll(texture, shift * n, axis=1) for n in range(24)]).astype(np.uint8)
 
 
 def official(number, part):
@@ -59,13 +49,10 @@ def official(number, part):
 def tiny(tmp_path_factory):
     """27 videos and two splits in UCF101's layout; to be read only."""
     root = tmp_path_factory.mktemp("tiny")
-    lists = root / "ucfTrainTestlist"
-    lists.mkdir()
-    lists.joinpath("classInd.txt").write_text("".join(f"{k + 1} {name}\n" for k, name in enumerate(CLASSES)))
-    for number, part in itertools.product(LISTS, ("train", "test")):
-        lists.joinpath(f"{part}list{number:02d}.txt").write_text("".join(f"{p}\n" for p in official(number, part)))
+    write_lists(root / "ucfTrainTestlist", CLASSES, **{
+        f"{part}list{number:02d}": official(number, part) for number in LISTS for part in ("train", "test")})
     for seed, path in enumerate(official(1, "train") + official(1, "test")):
-        write_video(root / "UCF-101" / path, seed, CLASSES.index(path.split("/")[0]))
+        write_video(root / "UCF-101" / path, drifting(seed, CLASSES.index(path.split("/")[0])))
     return root
 
 
@@ -143,14 +130,6 @@ def by_hand(arrays, C=1e-3):
                                                              arrays["gallery_classes"])
     right = svm.predict(scaler.transform(arrays["query_features"])) == arrays["query_classes"]
     return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
-
-
-def error(main, argv):
-    """The one sentence with which a command that cannot be done ends, with exit status 1."""
-    with pytest.raises(SystemExit) as caught:
-        common.run(lambda: main([str(word) for word in argv]))
-    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code
-    return caught.value.code
 
 
 # ---------------------------------------------------------------------- search and R@k
@@ -289,7 +268,7 @@ def test_a_network_whose_output_is_not_finite_gives_no_number(tiny, tmp_path):
     net = new_backbone("r3d18_narrow")
     net.stem[0].weight.data.fill_(float("nan"))
     torch.save(dict(arch=net.arch, backbone=net.state_dict(), args={}), tmp_path / "nan.pt")
-    assert "not finite" in error(linear_probe.main, words(tiny, tmp_path / "nan.pt", tmp_path, "--frames", 4,
+    assert "not finite" in fails(linear_probe.main, words(tiny, tmp_path / "nan.pt", tmp_path, "--frames", 4,
                                                           "--size", 16))
 
 
@@ -358,22 +337,17 @@ def test_sources_tell_the_clips_of_one_video_apart_from_others():
         assert sources(dataset, [path]) == [source]
 
 
-def test_sources_and_counts_are_right_on_the_official_lists(shared, tmp_path):
-    lists = shared / "annotations"
-    for number, groups in ((1, 18), (2, 18), (3, 18)):
-        train, test = (load_split("ucf101", tmp_path, lists / "ucf101", number, part) for part in ("train", "test"))
-        assert (len(train.paths), len(test.paths)) == data.PUBLISHED["ucf101", number] and len(train.classes) == 101
-        both = [set(sources("ucf101", split.paths)) for split in (train, test)]
-        assert len(both[0]) == 101 * groups and len(both[1]) == 101 * 7 and not both[0] & both[1]
+def test_the_official_lists_clips_have_sources_of_which_ucf101s_two_parts_share_none(shared, tmp_path):
+    def listed(dataset, number, part="train"):
+        return load_split(dataset, tmp_path, shared / "annotations" / dataset, number, part).paths
+
     for number in (1, 2, 3):
-        train, test = (load_split("hmdb51", tmp_path, lists / "hmdb51", number, part) for part in ("train", "test"))
-        assert (len(train.paths), len(test.paths), len(train.classes)) == (3570, 1530, 51)
-        found = sources("hmdb51", train.paths)
-        assert 500 < len(set(found)) < 3000 and not set(found) & set(train.paths)
-    train, test = (load_split("diving48", tmp_path, lists / "diving48", 1, part) for part in ("train", "test"))
-    assert (len(train.paths), len(test.paths), len(train.classes)) == (15027, 1970, 48)
-    assert 30 not in train.labels + test.labels and max(train.labels) == 47
-    assert len(set(sources("diving48", train.paths))) < 1000
+        train, test = (set(sources("ucf101", listed("ucf101", number, part))) for part in ("train", "test"))
+        assert len(train) == 101 * 18 and len(test) == 101 * 7 and not train & test     # UCF101's 25 groups a class
+        paths = listed("hmdb51", number)
+        films = set(sources("hmdb51", paths))
+        assert 500 < len(films) < 3000 and not films & set(paths)               # each of 3570 names was understood
+    assert len(set(sources("diving48", listed("diving48", 1)))) < 1000          # of 15027
 
 
 # ---------------------------------------------------------------------- nothing random, cached, adapted or dropped
@@ -468,12 +442,12 @@ def test_a_broken_training_video_is_left_out_and_named(copy, checkpoint, tmp_pat
 def test_more_than_five_percent_missing_videos_stop_every_script(copy, checkpoint, tmp_path):
     broken(copy, "missing")
     for script in (linear_probe, retrieval, finetune):
-        assert official(1, "test")[0] in error(script.main, words(copy, checkpoint, tmp_path))
+        assert official(1, "test")[0] in fails(script.main, words(copy, checkpoint, tmp_path))
 
 
 def test_another_test_video_changes_no_other_feature(copy, checkpoint, found, tmp_path):
     path = official(1, "test")[4]
-    write_video(copy / "UCF-101" / path, 999, 0)
+    write_video(copy / "UCF-101" / path, drifting(999, 0))
     got, before = by_path(retrieve(copy, checkpoint, tmp_path / "out")[1]), by_path(found[1])
     assert not np.array_equal(got.pop(path), before.pop(path)) and same(got, before)
 
@@ -481,7 +455,7 @@ def test_another_test_video_changes_no_other_feature(copy, checkpoint, found, tm
 # ---------------------------------------------------------------------- several processes
 
 
-TORCHRUN = """
+ALL_THREE = """
 import os, sys, torch
 import torch.distributed as dist
 sys.path.insert(0, {root!r})
@@ -504,9 +478,9 @@ def test_two_processes_give_the_numbers_of_one(tiny, checkpoint, found, probed, 
         ("linear_probe", ()), ("retrieval", ("--features", tmp_path / "found.npz", "--k", 1, 5, 10)),
         ("finetune", ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3)))}
     script = tmp_path / "all.py"                                                # one start of Python for the three
-    script.write_text(TORCHRUN.format(root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           script], capture_output=True, text=True)
+    script.write_text(ALL_THREE.format(root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv))
+    done = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", script], capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("9 of 9 videos scored") == done.stdout.count("loaded r3d18_narrow") == 3   # one tells
 
@@ -580,7 +554,7 @@ def test_only_testing_writes_the_result_again_and_trains_nothing(tiny, checkpoin
     assert again["splits"] == first["splits"] and again["top1"] == first["top1"]
     assert tune(tiny, checkpoint, tmp_path, "--test", "--crops", "ten", "--windows", 3)["protocol"]["crops"] == "ten"
     assert weights == (tmp_path / "finetune-ucf101-2x-1" / "checkpoint.pt").read_bytes()
-    assert "holds no checkpoint" in error(finetune.main, words(tiny, checkpoint, tmp_path / "new", "--batch-size", 6,
+    assert "holds no checkpoint" in fails(finetune.main, words(tiny, checkpoint, tmp_path / "new", "--batch-size", 6,
                                                                "--test"))
 
 
@@ -721,7 +695,7 @@ def test_a_checkpoint_that_does_not_fit_ends_in_one_sentence(tiny, checkpoint, t
             (tmp_path / "none.pt", (), "there is no file"), (tmp_path, (), "there is no file"),
             (text, (), "is not a file of tensors"), (part, (), "1 missing (layer3.1.conv1.0.weight)"),
             (checkpoint, ("--arch", "r3d18"), "holds r3d18_narrow, but arch is r3d18")):
-        assert sentence in error(script.main, words(tiny, path, tmp_path / "out", *more))
+        assert sentence in fails(script.main, words(tiny, path, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
@@ -731,15 +705,15 @@ def test_a_gallery_that_is_empty_or_smaller_than_k_ends_in_one_sentence(tiny, ch
                            (("--gallery", tmp_path / "none"), "there is no folder"),
                            (("--k", 1, 19), "--k 19 is larger than the gallery, ucf101 train split 1: 18 videos"),
                            (("--gallery", own), f"--k 20 is larger than the gallery, {own}: 6 videos")):
-        assert sentence in error(retrieval.main, words(tiny, checkpoint, tmp_path / "out", *more))
+        assert sentence in fails(retrieval.main, words(tiny, checkpoint, tmp_path / "out", *more))
     (own / "video 0.avi").write_bytes(b"")
-    assert "5 videos" in error(retrieval.main, words(tiny, checkpoint, tmp_path / "out", "--gallery", own, "--k", 6))
+    assert "5 videos" in fails(retrieval.main, words(tiny, checkpoint, tmp_path / "out", "--gallery", own, "--k", 6))
 
 
 @pytest.mark.parametrize("script", [linear_probe, finetune])
 def test_videos_without_labels_or_an_own_test_set_end_in_one_sentence(tiny, own, checkpoint, tmp_path, script):
-    assert "has no labels" in error(script.main, ["--dataset", "folder", "--data", own, "--checkpoint", checkpoint])
-    assert "27 of 27 test videos are training videos too" in error(
+    assert "has no labels" in fails(script.main, ["--dataset", "folder", "--data", own, "--checkpoint", checkpoint])
+    assert "27 of 27 test videos are training videos too" in fails(
         script.main, ["--dataset", "folder", "--data", tiny / "UCF-101", "--checkpoint", checkpoint])
 
 
@@ -872,6 +846,6 @@ def test_a_checkpoint_without_psi_ends_in_one_sentence(tiny, checkpoint, tmp_pat
                            ("random", "random has no psi: it is in checkpoint.pt of pretrain.py only"),
                            (save_checkpoint(tmp_path / "inst.pt", losses=["inst"]), "the run that wrote it had no"),
                            (broken, "does not fit the psi of r3d18_narrow, which has 14 tensors: 1 missing (6.bias)")):
-        assert sentence in error(retrieval.main, words(tiny, path, tmp_path / "out", "--arch", "r3d18_narrow", "--psi",
+        assert sentence in fails(retrieval.main, words(tiny, path, tmp_path / "out", "--arch", "r3d18_narrow", "--psi",
                                                        tmp_path / "psi.png"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "psi.png").exists()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from common import mean_over_processes
-from conftest import ROOT
+from conftest import ROOT, forkserver
 from losses import d, loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TimeEquivariant
 from pretrain import gather_keys, objective
@@ -115,7 +115,7 @@ def test_loss_and_its_gradient_are_those_of_loops_over_i_j_k(loss, equation, ids
 
 @both
 def test_with_one_positive_it_is_the_cross_entropy_of_infonce(loss, ids):
-    row = torch.arange(8)                                                       # rows 0 1, 2 3, 4 5, 6 7 belong together
+    row = torch.arange(8)                                                       # 0 1, 2 3, 4 5, 6 7 belong together
     x = features(8)
     y = F.normalize(x, dim=1)
     logits = (y @ y.detach().T / 0.1).masked_fill(torch.eye(8, dtype=torch.bool), -math.inf)
@@ -321,7 +321,8 @@ def test_on_other_devices_than_the_cpu_the_losses_look_at_no_value(loss, ids, mo
 
 @both
 @pytest.mark.parametrize("argument", range(6))                                  # features, i, pq | p; then the keys'
-@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[..., None], lambda x: x[0]], ids=["less", "more", "0"])
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[..., None], lambda x: x[0]],
+                         ids=["a row less", "a dimension more", "a dimension less"])
 def test_shapes_that_do_not_fit_are_refused_by_name(loss, ids, argument, change):
     args = [features(), *ids, features(), *ids]
     args[argument] = change(args[argument])
@@ -391,8 +392,8 @@ def test_the_objective_takes_eq_1_of_the_pairs_and_eq_3_of_the_clips():
     close(terms["inst"], eq3([*out["phi"][:, 0], *out["phi"][:, 1]], [5, 2, 7, 9] * 2, [0] * 4 + [1] * 4, 0.3))
 
 
-GROUPED = 0, 0, 1, 1, 2, 2, 1, 1            # each group on one process; of the four 1s, two on another process, by chance
-SPLIT = 0, 1, 2, 1, 0, 1, 2, 1              # with two and with four processes, every positive of 0 and 2 is on another
+GROUPED = 0, 0, 1, 1, 2, 2, 1, 1                # each group on one process; two of the four 1s on another, by chance
+SPLIT = 0, 1, 2, 1, 0, 1, 2, 1                  # with two and with four processes, every positive of 0 and 2 elsewhere
 CASES = {"all": (LOSSES, SPLIT), "equi-grouped": (("equi",), GROUPED), **{name: ((name,), SPLIT) for name in LOSSES}}
 
 
@@ -415,6 +416,7 @@ def train_step(case, rank=0, world=1):
 
 
 def process(rank, world, folder):
+    """One of several: its share of each case, written to the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     torch.save({case: train_step(case, rank, world) for case in CASES}, folder / f"{rank}.pt")
@@ -424,9 +426,7 @@ def process(rank, world, folder):
 @pytest.fixture(scope="module", params=[2, 4])
 def distributed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.set_forkserver_preload(["pretrain"])                        # one import for all processes, from
-    with pytest.MonkeyPatch.context() as patch:                                 # the folder they start in
-        patch.chdir(ROOT)
+    with forkserver():
         multiprocessing.start_processes(process, (request.param, folder), request.param, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 

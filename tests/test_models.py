@@ -125,7 +125,7 @@ def test_torchvision_weights_go_both_ways_and_give_torchvision_features(arch):
 
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_batchnorm_statistics_settle_within_tens_of_steps(nets, arch):
-    assert {m.momentum for m in nets[arch].modules() if isinstance(m, nn.BatchNorm3d)} == {0.1}
+    assert {m.momentum for m in nets[arch].modules() if isinstance(m, nn.BatchNorm3d)} == {0.1}    # S3D's: 0.001
 
 
 # ---- S3D-G ----

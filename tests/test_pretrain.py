@@ -1,6 +1,4 @@
 """pretrain.py from video files to checkpoint: what it learns, what it writes, how it goes on."""
-import json
-import socket
 import subprocess
 import sys
 
@@ -10,7 +8,7 @@ import torch
 
 import common
 import pretrain
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, free_port, lines, write_lists
 from data import write_video
 from models import TimeEquivariant, load_backbone
 
@@ -36,17 +34,17 @@ def pretrain_on(data, out, *flags):
     """Run pretrain.main in this process -> the lines of its log that report on steps."""
     pretrain.main(["--dataset", "folder", "--data", str(data), "--out", str(out), "--arch", "r3d18_narrow", "--workers",
                    "0", "--frames", "8", "--size", "16", "--batch-size", "12", *flags])
-    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    return lines(out)
 
 
 AUX = ("--losses", "speed", "direction", "order", "--epochs", "45", "--lr", "3e-3", "--warmup-epochs", "5")
 
 
-def mean_of_last(lines, count=5):
-    return {name: np.mean([line[name] for line in lines[-count:]]) for name in lines[-1]}
+def mean_of_last(log, count=5):
+    return {name: np.mean([line[name] for line in log[-count:]]) for name in log[-1]}
 
 
-def test_trivial_speed_direction_and_order_are_learned_within_a_minute(ramps, tmp_path):
+def test_trivial_speed_direction_and_order_are_learned(ramps, tmp_path):
     score = mean_of_last(pretrain_on(ramps / "ordered", tmp_path, *AUX))
     assert score["speed_acc"] > 0.55 and score["direction_acc"] > 0.9
     assert score["order_acc"] > score["order_chance"] + 0.1
@@ -64,7 +62,7 @@ def test_the_log_has_each_term_each_accuracy_beside_chance_and_the_costs(ramps, 
     for name in ("phi_nearest", "psi_nearest"):
         assert 0 <= line[name] <= 1
     assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)                # one other clip among 2 * 12 - 1
-    assert line["psi_chance"] == pytest.approx(1 / 11, rel=0.2)                 # one partner among 12 - 1, or by chance more
+    assert line["psi_chance"] == pytest.approx(1 / 11, rel=0.2)                 # one partner among 12 - 1; or more
     for task, classes in dict(speed=4, direction=2, order=3).items():
         assert 1 / classes <= line[f"{task}_chance"] <= 1 and 0 <= line[f"{task}_acc"] <= 1
     for name in ("step", "epoch", "lr", "clips_per_s", "peak_memory_gb"):
@@ -84,31 +82,10 @@ def test_the_baseline_of_figure_5_trains_on_four_clips_a_video(ramps, tmp_path):
     assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)                # L_inst still sees p and q alone
 
 
-@pytest.mark.parametrize("flags", [("--equivariance", "spatial", "--losses", "inst", "equi"), ("--equivariance", "both")])
+@pytest.mark.parametrize("flags", [("spatial", "--losses", "inst", "equi"), ("both",)])
 def test_spatial_equivariance_trains(ramps, tmp_path, flags):
-    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", *flags)[-1]
+    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--equivariance", *flags)[-1]
     assert np.isfinite(line["equi"]) and line["psi_chance"] == pytest.approx(1 / 11, rel=1e-3)      # no chance partners
-
-
-SHORT = ("--epochs", "2", "--seed", "3", "--log-every", "1", "--lr", "1e-3")
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(ramps, tmp_path, monkeypatch):
-    whole = pretrain_on(ramps / "ordered", tmp_path / "whole", *SHORT)
-
-    def save_and_die(*args, **kwargs):
-        common.save(*args, **kwargs)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(pretrain, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain_on(ramps / "ordered", tmp_path / "cut", *SHORT)
-    monkeypatch.undo()
-    resumed = pretrain_on(ramps / "ordered", tmp_path / "cut", *SHORT)
-
-    a, b = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "cut"))
-    assert a["step"] == b["step"] == len(whole) == len(resumed) == 8
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert [line["loss"] for line in whole] == [line["loss"] for line in resumed]
 
 
 def test_a_checkpoint_of_other_arguments_is_not_continued(ramps, tmp_path):
@@ -125,12 +102,6 @@ def test_backbone_pt_is_the_checkpoints_backbone_and_loads(ramps, tmp_path):
     assert all(torch.equal(value, model[f"backbone.{name}"]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("size, said", [("13", "multiple of 2"), ("100", "larger than the 48 usable videos")])
-def test_a_batch_size_that_cannot_be_is_refused_with_the_reason(ramps, tmp_path, size, said):
-    with pytest.raises(ValueError, match=said):
-        pretrain_on(ramps / "ordered", tmp_path, "--batch-size", size)
-
-
 @pytest.mark.parametrize("dataset, arch, expected", [                           # Sec. 3.4, 4.1, 4.2, Table 2
     ("ucf101", "r3d18", dict(epochs=400, batch_size=192, frames=16, size=128, lr=3e-4, weight_decay=1e-4)),
     ("kinetics400", "r3d18", dict(epochs=200, batch_size=512, frames=16, size=128)),
@@ -140,7 +111,8 @@ def test_a_batch_size_that_cannot_be_is_refused_with_the_reason(ramps, tmp_path,
 def test_flags_not_given_take_the_papers_values(dataset, arch, expected):
     args = pretrain.parse_args(["--dataset", dataset, "--arch", arch, "--data", "somewhere"])
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.lam == 0.1 and args.speeds == [1, 2, 4, 8] and args.losses == ["inst", "equi", "speed", "direction", "order"]
+    assert args.lam == 0.1 and args.speeds == [1, 2, 4, 8]
+    assert args.losses == ["inst", "equi", "speed", "direction", "order"]
 
 
 def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero():
@@ -164,17 +136,12 @@ def test_the_knn_check_reports_accuracy_beside_chance_and_changes_no_training(tm
     losses = {}
     for knn_every in ("0", "1"):
         out = tmp_path / knn_every
-        lines = pretrain_on(tmp_path / "videos", out, "--epochs", "2", "--log-every", "1", "--knn-every", knn_every)
-        losses[knn_every] = [line["loss"] for line in lines]
-    checks = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "knn" in line]
+        log = pretrain_on(tmp_path / "videos", out, "--epochs", "2", "--log-every", "1", "--knn-every", knn_every)
+        losses[knn_every] = [line["loss"] for line in log]
+    checks = lines(out, "knn")
     assert [line["epoch"] for line in checks] == [1, 2]
     assert all(line["knn"] > 0.9 and line["knn_chance"] == 0.5 for line in checks)
     assert losses["0"] == losses["1"]                                           # BatchNorm's statistics too
-
-
-def test_the_knn_check_needs_labels(ramps, tmp_path):
-    with pytest.raises(ValueError, match="--knn-every needs labels"):
-        pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--knn-every", "1")
 
 
 def test_tensorboard_is_asked_for_by_name_where_it_is_missing(ramps, tmp_path, monkeypatch):
@@ -220,37 +187,33 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
 
 def test_two_machines_of_two_processes_train_together(ramps, tmp_path):
     """Two torchrun agents on this machine stand for two machines."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     agents = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", f"--node_rank={node}",
-         "--master_addr=localhost", f"--master_port={port}", str(ROOT / "pretrain.py"), "--dataset", "folder", "--data",
-         str(ramps / "ordered"), "--out", str(tmp_path), "--arch", "r3d18_narrow", "--frames", "4", "--size", "16",
-         "--batch-size", "24", "--epochs", "1", "--workers", "0"],
+        [*TORCHRUN, "--nnodes=2", "--nproc_per_node=2", f"--node_rank={node}", "--master_addr=localhost",
+         f"--master_port={port}", str(ROOT / "pretrain.py"), "--dataset", "folder", "--data", str(ramps / "ordered"),
+         "--out", str(tmp_path), "--arch", "r3d18_narrow", "--frames", "4", "--size", "16", "--batch-size", "24",
+         "--epochs", "1", "--workers", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in (0, 1)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    line = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    line = lines(tmp_path)[-1]
     assert line["step"] == 2 and "on 4 cpu process(es)" in said[0]
     assert line["phi_chance"] == pytest.approx(1 / 47, rel=1e-3)                # keys of all 2 * 24 clips
 
 
 @pytest.mark.parametrize("which, processes", [("ucf_original", 1), ("ucf8_128", 2)])
 def test_the_command_line_trains_on_real_ucf101_files(shared, tmp_path, which, processes):
-    root, lists = shared / "videos" / which, tmp_path / "ucfTrainTestlist"
-    lists.mkdir()
+    root = shared / "videos" / which
     official = root / "ucfTrainTestlist"
-    lists.joinpath("classInd.txt").write_text((official / "classInd.txt").read_text())
     some = (official / "trainlist01.txt").read_text().splitlines()[::8 if which == "ucf8_128" else 1][:80]
-    lists.joinpath("trainlist01.txt").write_text("\n".join(some))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = (command if processes > 1 else [sys.executable]) + [
+    lists = write_lists(tmp_path / "lists", (), trainlist01=some,
+                        classInd=(official / "classInd.txt").read_text().splitlines())
+    start = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    done = subprocess.run(start + [
         str(ROOT / "pretrain.py"), "--dataset", "ucf101", "--data", str(root / "UCF-101"), "--annotations", str(lists),
-        "--arch", "r3d18_narrow", "--size", "32", "--frames", "8", "--epochs", "1", "--batch-size", "40", "--workers", "1",
-        "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        "--arch", "r3d18_narrow", "--size", "32", "--frames", "8", "--epochs", "1", "--batch-size", "40",
+        "--workers", "1", "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["epoch"] == 1 and np.isfinite(lines[-1]["loss"])
+    line = lines(tmp_path / "out")[-1]
+    assert line["epoch"] == 1 and np.isfinite(line["loss"])
     assert load_backbone(tmp_path / "out" / "backbone.pt").dim == 128
