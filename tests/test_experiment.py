@@ -1,4 +1,4 @@
-"""The small experiment (tests/experiment.py): its frames from memory, its table, and that it goes on where it stopped."""
+"""The small experiment (tests/experiment.py): frames from memory, its table, and that it goes on where it stopped."""
 import os
 import random
 import re
@@ -115,7 +115,7 @@ def test_two_rows_run_to_a_table(whole):
             for line in table.split("\n\n")[1].splitlines()}
     assert [*rows] == ["row", "---", "random", "k", "chance"] and rows["chance"][5] == "50.0%"
     assert rows["k"][1:4] == ["inst equi speed direction order", "1", "2"] and rows["random"][1:4] == ["-", "1", "0"]
-    assert all(re.fullmatch(r"\d+\.\d%", cell) for row in ("random", "k") for cell in rows[row][5:])     # fine-tuned, too
+    assert all(re.fullmatch(r"\d+\.\d%", cell) for row in ("random", "k") for cell in rows[row][5:])  # fine-tuned, too
     assert re.search(r"^\| k \| \d+\.\d% \(\d+\.\d%\)", table, re.M)           # speed, and by chance
 
 
