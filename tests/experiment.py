@@ -159,8 +159,8 @@ def work(todo, out):
 
 def run_all(runs, settings, args):
     """Do what is not done yet, --jobs runs at a time -> {run: the last line of its output} of those that failed."""
-    out, waiting, running, failed = Path(args.out), {run: commands(run, settings, args) for run in runs}, {}, {}
-    waiting = [(run, todo) for run, todo in waiting.items() if todo]
+    out, running, failed = Path(args.out), {}, {}
+    waiting = [(run, todo) for run in runs if (todo := commands(run, settings, args))]
     if waiting:
         load(Path(args.data) / "UCF-101", out / "index.json")
     try:
