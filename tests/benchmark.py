@@ -247,7 +247,7 @@ def exactness(route, video, seeds):
     def nearer(image, n, other):                                                # to a neighbour than to frame n
         return other in truth and far(image, truth[n]) > far(image, truth[other]) + far(truth[n], truth[other]) / 2
 
-    return sum(far(image, truth[n]) < 3 and not nearer(image, n, n - 1) and not nearer(image, n, n + 1)
+    return sum(bool(far(image, truth[n]) < 3) and not nearer(image, n, n - 1) and not nearer(image, n, n + 1)
                for n, image in zip(right, given)), asked
 
 
