@@ -429,7 +429,7 @@ def test_videos_that_vanish_turn_unreadable_or_end_early_are_replaced_alike_and_
 
 def test_more_than_the_stated_share_of_bad_videos_stops_the_run_and_says_so(copy, tmp_path, monkeypatch):
     breaks_after_the_scan(monkeypatch, Path.unlink, garble)                     # 2 of 24 are more than 5 %
-    with pytest.raises(ValueError, match="^2 of 24 videos turned out to be unreadable, more than 5%: .*log.jsonl name"):
+    with pytest.raises(ValueError, match="^2 of 24 videos turned out to be unreadable, more than 5%: .*log.jsonl"):
         train(copy, tmp_path / "out")
 
 
@@ -813,7 +813,7 @@ def test_data_py_as_a_script_ends_in_one_sentence_too(copy, tmp_path, monkeypatc
         stat = file.stat()
         file.write_bytes(bytes(stat.st_size))
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(SystemExit, match="^data.py: error: 10 videos in a row are unreadable, the last: .*Invalid "):
+    with pytest.raises(SystemExit, match="^data.py: error: 10 videos in a row are unreadable, the last: .*Invalid"):
         runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
 
 
