@@ -262,15 +262,17 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None, ord
         places[n].append(place)
     if min(places, default=-1) < 0:
         raise ValueError(f"{path}: frames must be one or more numbers from 0 on, but are {list(frames)[:10]}")
-    scalers = defaultdict(lambda: [VideoReformatter() for _ in range(3)])       # each keeps its set-up, so some a box
-    out = None
+    converters, out = {}, None
     with closing(wanted_frames(path, places, order)) as stream:
         for n, frame in stream:
             images = {}                                                         # box -> (H, W, 3), within this frame
             for place in places[n]:
                 box = boxes[place] if boxes else None
                 if box not in images:
-                    images[box] = to_rgb(frame, size, box, *scalers[box])
+                    kind = box, frame.height, frame.width, frame.format.name
+                    if kind not in converters:
+                        converters[kind] = converter(frame, size, box)
+                    images[box] = converters[kind](frame)
                 if out is None:
                     out = np.empty((len(frames), *images[box].shape), np.uint8)
                 if out[place].shape != images[box].shape:
@@ -279,36 +281,44 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None, ord
     return torch.from_numpy(out).permute(0, 3, 1, 2)                            # (len(frames), 3, H, W)
 
 
-def to_rgb(frame, size, box, unify, scale, convert):
-    """av.VideoFrame -> uint8 (H, W, 3); size, box: as in decode; unify, scale, convert: VideoReformatters.
+def converter(frame, size, box):
+    """-> a function: av.VideoFrame -> uint8 (H, W, 3), for frames of this one's size and format; size, box: of decode.
 
     Crop, planar scaling, then conversion of the few pixels left: about half the time of scaling and converting at once.
+    Where a box starts at an odd pixel, chroma, which has half as many, is off by half of one of its own.
     """
-    if size is not None:
-        if frame.format.name not in ("yuv420p", "yuvj420p"):
-            frame = unify.reformat(frame, format="yuv420p", threads=1)
-        if box is not None:
-            frame = cropped(frame, box)
-        height, width = (size if box is not None else round(side * size / min(frame.height, frame.width))
-                         for side in (frame.height, frame.width))
-        frame = scale.reformat(frame, width, height, "yuv420p", interpolation=Interpolation.BILINEAR, threads=1)
-    return convert.reformat(frame, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1).to_ndarray()
+    unify, scale, convert = (VideoReformatter() for _ in range(3))              # each keeps its set-up
+    bilinear, sides = dict(interpolation=Interpolation.BILINEAR, threads=1), (frame.height, frame.width)
+    planar = frame.format.name if frame.format.name in ("yuv420p", "yuvj420p") else "yuv420p"
+    if box is None:
+        height, width = (round(side * size / min(sides)) for side in sides) if size is not None else sides
+    else:
+        height, width = (max(1, round(share * side)) for share, side in zip(box[2:], sides))
+        top, left = (min(round(share * side), side - part) for share, side, part in zip(box, sides, (height, width)))
+        part = av.VideoFrame(width, height, planar)
+        part.colorspace, part.color_range = frame.colorspace, frame.color_range
+        cuts = []                                                               # of each plane: rows, columns, target
+        for plane, half in zip(part.planes, (1, 2, 2)):
+            rows, columns = (slice(first // half, first // half - (-side // half))
+                             for first, side in ((top, height), (left, width)))
+            cuts.append((rows, columns, as_array(plane)[:, :columns.stop - columns.start]))
+        height = width = size
+
+    def to_rgb(frame):
+        if size is not None:
+            frame = unify.reformat(frame, format=planar, threads=1)
+            if box is not None:
+                for plane, (rows, columns, target) in zip(frame.planes, cuts):
+                    target[:] = as_array(plane)[rows, columns]
+                frame = part
+            frame = scale.reformat(frame, width, height, "yuv420p", **bilinear)
+        return convert.reformat(frame, format="rgb24", **bilinear).to_ndarray()
+    return to_rgb
 
 
-def cropped(frame, box):
-    """A copy of a part of a yuv420p picture; box: as in decode. Where it starts at an odd pixel, chroma, which has half
-    as many, is off by half of one of its own."""
-    sides = frame.height, frame.width
-    height, width = (max(1, round(share * side)) for share, side in zip(box[2:], sides))
-    top, left = (min(round(share * side), side - part) for share, side, part in zip(box, sides, (height, width)))
-    part = av.VideoFrame(width, height, frame.format.name)
-    part.colorspace, part.color_range = frame.colorspace, frame.color_range
-    for source, target, half in zip(frame.planes, part.planes, (1, 2, 2)):
-        source, target = (np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-                          for plane in (source, target))
-        rows, columns = -(-height // half), -(-width // half)
-        target[:, :columns] = source[top // half:top // half + rows, left // half:left // half + columns]
-    return part
+def as_array(plane):
+    """The bytes of a picture's plane, without a copy -> uint8 (height, line size), as wide as its lines or wider."""
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
 
 
 # ---------------------------------------------------------------------- data sets, as their authors distribute them
