@@ -13,12 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, SHARED
+from conftest import SHARED, write_lists
 from test_readme import MAINS, commands
 
 VIDEOS = SHARED / "videos"
 SMALL = {"pretrain.py": "--epochs 1 --batch-size 4 --log-every 1 --warmup-epochs 0", "linear_probe.py": "--windows 1",
-         "retrieval.py": "--windows 1", "finetune.py": "--epochs 1 --batch-size 2 --windows 1 --warmup-epochs 0"}
+         "retrieval.py": "--windows 1 --k 1 2",
+         "finetune.py": "--epochs 1 --batch-size 2 --windows 1 --warmup-epochs 0"}
 
 
 def link(file, place):
@@ -35,10 +36,7 @@ def lay_out(root):
             for file in chosen:
                 link(file, root / "UCF-101" / cls / file.name)
                 lists[part].append(f"{cls}/{file.name}" + (f" {number}" if part == "train" else ""))
-    (root / "ucfTrainTestlist").mkdir()
-    (root / "ucfTrainTestlist" / "classInd.txt").write_text("1 Lunges\n2 Punch\n")
-    for part, lines in lists.items():
-        (root / "ucfTrainTestlist" / f"{part}list01.txt").write_text("\n".join(lines) + "\n")
+    write_lists(root / "ucfTrainTestlist", ("Lunges", "Punch"), trainlist01=lists["train"], testlist01=lists["test"])
 
     odd, splits = VIDEOS / "odd", root / "testTrainMulti_7030_splits"
     splits.mkdir()
@@ -81,5 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
