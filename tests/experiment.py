@@ -47,7 +47,8 @@ GPU = dict(network="--arch r3d18 --frames 16 --size 112",
            pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4", judge="--windows 10",
            finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
 SMALL = dict(network="--arch r3d18_narrow --frames 8 --size 64",
-             pretrain="--batch-size 16 --epochs 9 --warmup-epochs 1 --lr 1e-3", judge="--windows 4", finetune="")
+             pretrain="--batch-size 16 --epochs 9 --warmup-epochs 1 --lr 1e-3", judge="--windows 4",
+             finetune="--batch-size 32 --epochs 10 --warmup-epochs 1 --lr 1e-3 --windows 4 --crops centre")
 
 # ---- All videos in memory
 
