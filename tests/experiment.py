@@ -164,6 +164,8 @@ def run_all(runs, settings, args):
     waiting = [(run, todo) for run in runs if (todo := commands(run, settings, args))]
     if waiting:
         load(Path(args.data) / "UCF-101", out / "index.json")
+    else:
+        tell(runs, failed, settings, args)
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
@@ -308,7 +310,6 @@ def main():
     data.write_json(file, settings)
     runs = [f"{row}-{seed}" for seed in args.seeds for row in args.rows]
     failed = run_all(runs, settings, args)
-    tell(runs, failed, settings, args)
     sys.exit(f"{len(failed)} of {len(runs)} runs failed" if failed else None)
 
 
