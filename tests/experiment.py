@@ -47,7 +47,8 @@ GPU = dict(network="--arch r3d18 --frames 16 --size 112",
            pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4", judge="--windows 10",
            finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
 SMALL = dict(network="--arch r3d18_narrow --frames 8 --size 64",
-             pretrain="--batch-size 16 --epochs 9 --warmup-epochs 1 --lr 1e-3", judge="--windows 4", finetune="")
+             pretrain="--batch-size 16 --epochs 9 --warmup-epochs 1 --lr 1e-3", judge="--windows 4",
+             finetune="--batch-size 32 --epochs 10 --warmup-epochs 1 --lr 1e-3 --windows 4 --crops centre")
 
 # ---- All videos in memory
 
@@ -163,6 +164,8 @@ def run_all(runs, settings, args):
     waiting = [(run, todo) for run in runs if (todo := commands(run, settings, args))]
     if waiting:
         load(Path(args.data) / "UCF-101", out / "index.json")
+    else:
+        tell(runs, failed, settings, args)
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
@@ -307,7 +310,6 @@ def main():
     data.write_json(file, settings)
     runs = [f"{row}-{seed}" for seed in args.seeds for row in args.rows]
     failed = run_all(runs, settings, args)
-    tell(runs, failed, settings, args)
     sys.exit(f"{len(failed)} of {len(runs)} runs failed" if failed else None)
 
 

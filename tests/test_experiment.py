@@ -15,12 +15,12 @@ import torch
 import data
 import experiment
 import pretrain
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
 TINY = dict(network="--arch r3d18_narrow --frames 2 --size 16", judge="--windows 1",
             pretrain="--batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 1",
             finetune="--batch-size 4 --epochs 1 --windows 1 --crops centre")    # 2 steps of pre-training
-LONG = TINY | dict(pretrain="--batch-size 4 --epochs 20 --log-every 1", finetune="")    # 60 steps
+LONG = TINY | dict(pretrain="--batch-size 4 --epochs 10 --log-every 1", finetune="")    # 30 steps
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def whole(folder, tmp_path_factory):
 
 
 def test_frames_from_memory_decode_to_the_same_pixels_as_from_the_file(folder, monkeypatch):
-    real = sorted((ROOT.parent / "shared/videos/ucf8_128/UCF-101").glob("*/*_g01_c01.avi"))[::3]    # if they are here
+    real = sorted((SHARED / "videos/ucf8_128/UCF-101").glob("*/*_g01_c01.avi"))[::3]    # if they are here
     files, rng, read = [str(path) for path in [*folder.rglob("*_g01_*.avi"), *real]], random.Random(0), data.read_frames
     for path in files:
         kept = experiment.remember(path)
@@ -140,9 +140,9 @@ def test_killed_in_the_middle_it_goes_on(folder, tmp_path):
     assert not (tmp_path / "k-0/linear_probe-ucf101.json").exists()
     status, said, problem = finish(start(folder, tmp_path, LONG))
     assert status == 0, problem
-    begun = re.findall(r"(?:starts|goes on) at step (\d+) of 60", (tmp_path / "k-0.txt").read_text())
-    assert len(begun) == 2 and 0 < int(begun[1]) < 60
-    assert "| k | inst equi speed direction order | 1 | 60 |" in said
+    begun = re.findall(r"(?:starts|goes on) at step (\d+) of 30", (tmp_path / "k-0.txt").read_text())
+    assert len(begun) == 2 and 0 < int(begun[1]) < 30
+    assert "| k | inst equi speed direction order | 1 | 30 |" in said
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(folder, tmp_path):
