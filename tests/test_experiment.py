@@ -99,11 +99,9 @@ def test_a_file_that_ends_in_an_error_does_so_from_memory(folder, tmp_path, monk
 def test_each_row_has_the_flags_that_readme_gives_it(row):
     name = "Fig. 5, distinctiveness" if row == "distinct" else f"({row})"
     cells = next(line for line in (ROOT / "README.md").read_text().splitlines()
-                 if re.match(r"\| (\(|Fig)", line) and name in line.split("|")[1]).split("|")
-    flags = re.findall(r"`((?:--losses|--equivariance|\.\.\.) [^`]*)`", cells[2]) or [""]
-    place = re.findall(r"\((\w)\)", cells[1]).index(row) if len(flags) > 1 else 0
-    ours, readme = (vars(pretrain.parse_args(shlex.split(words)))
-                    for words in (experiment.ROWS[row], flags[place].replace("...", "--losses inst equi")))
+                 if re.match(r"\| (\(|Table 1|Fig)", line) and name in line.split("|")[1]).split("|")
+    flags = re.search(r"`\$P \$U --out \S+(?: --batch-size 24)?([^`]*)`", cells[2])[1]
+    ours, readme = (vars(pretrain.parse_args(shlex.split(words))) for words in (experiment.ROWS[row], flags))
     assert ours == readme
 
 
