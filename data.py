@@ -194,32 +194,33 @@ def read_needed(path, wanted, order):
     """(n, av.VideoFrame) for the frames `wanted`, decoding little else: exactly read_frames' n-th, or left out.
 
     Inside a group of pictures, packets after the last wanted one are not sent, and the decoder passes over what no
-    other frame refers to (skip_frame); a group without a wanted frame is not sent at all. order: of `examine`.
+    other frame refers to (skip_frame); a group without a wanted frame is not sent at all. order: what `examine` found.
     """
     order = np.frombuffer(zlib.decompress(base64.b64decode(order)), np.int8).cumsum(dtype=np.int64)
     frame_of = {int(order[n]): n for n in wanted if n < len(order)}             # packet -> frame
+    last = max(frame_of, default=-1)
+    shown = np.full(last + 1, len(order))                                       # when a packet is shown, if at all ...
+    shown[order[order <= last]] = np.flatnonzero(order <= last)
+    first = np.minimum.accumulate(shown[::-1])[::-1] == shown                   # ... and none that follows it earlier
+
+    def known(frames):
+        return [(frame_of.pop(frame.opaque[0]), frame) for frame in frames
+                if frame.opaque and frame.opaque[0] in frame_of]
+
     with open_video(path, unpack=True) as (codec, packets):
-        packets = list(itertools.islice(packets, max(frame_of, default=-1) + 1))
-        shown = np.full(len(packets), len(order))                               # when each is shown, if at all ...
-        shown[order[order < len(packets)]] = np.flatnonzero(order < len(packets))
-        first = np.minimum.accumulate(shown[::-1])[::-1] == shown               # ... and not before an earlier packet
-        send, need = [], False
-        for k in range(len(packets) - 1, -1, -1):
-            need = need or k in frame_of
-            if need:
-                send.append(k)
-            need = need and not (packets[k].is_keyframe and first[k])           # a clean start: nothing before is used
-
-        def known(frames):
-            return [(frame_of.pop(frame.opaque[0]), frame) for frame in frames
-                    if frame.opaque and frame.opaque[0] in frame_of]
-
-        for before, k in zip([0, *reversed(send)], reversed(send)):
-            if k > before + 1:                                                  # a gap: the decoder starts afresh
-                yield from known(codec.decode(None))
-                codec.flush_buffers()
-            codec.skip_frame = "DEFAULT" if k in frame_of else "NONREF"
-            yield from known(codec.decode(packets[k]))
+        kept, sent = [], -1                                                     # packets that may be needed; last sent
+        for k, packet in zip(range(last + 1), packets):
+            if packet.is_keyframe and first[k]:                                 # a clean start: nothing before is used
+                kept = []
+            kept.append((k, packet))
+            if k in frame_of:
+                if kept[0][0] > sent + 1:                                       # a gap: the decoder starts afresh
+                    yield from known(codec.decode(None))
+                    codec.flush_buffers()
+                for sent, needed in kept:
+                    codec.skip_frame = "DEFAULT" if sent == k else "NONREF"
+                    yield from known(codec.decode(needed))
+                kept = []
         yield from known(codec.decode(None))
 
 
