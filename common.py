@@ -327,7 +327,7 @@ class Progress:
         self.out, self.file, self.files = out, out / "log.jsonl", files         # files: the videos, by number
         self.first, self.steps, self.steps_an_epoch = step, steps, steps_an_epoch
         self.clips, self.log_every, self.device = clips, log_every, device     # clips: of a step, over all processes
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.rank > 0)
         self.begun, self.replaced, self.new, self.signals = time.perf_counter(), set(), {}, []
         self.board = None
@@ -396,7 +396,7 @@ class Progress:
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
         self.kept.append((step, self.video, {name: value.detach() for name, value in values.items()}))
         if self.answer:
-            self.answer.wait()                                                  # asked a step ago: it is there
+            self.answer.wait()                                                  # asked before the step: it is there
         stop = self.asked.item() if self.answer else self.signals
         logs = stop or step % self.log_every == 0 or step == self.steps
         if not logs and step % self.steps_an_epoch:

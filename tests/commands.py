@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from conftest import SHARED, write_lists
-from test_readme import MAINS, commands
+from test_readme import SCRIPTS, commands
 
 VIDEOS = SHARED / "videos"
 SMALL = {"pretrain.py": "--epochs 1 --batch-size 4 --log-every 1 --warmup-epochs 0", "linear_probe.py": "--windows 1",
@@ -70,7 +70,7 @@ def main():
             words = re.sub(r"--(data|index|out) /(data|shared)/", r"--\1 ", words)
             print(f"==== {script} {words}", flush=True)
             try:
-                MAINS[script](shlex.split(words) + SMALL[script].split())
+                SCRIPTS[script].main(shlex.split(words) + SMALL[script].split())
             except (Exception, SystemExit) as error:
                 failed.append(f"{script} {words}: {error!r}")
                 print(failed[-1], flush=True)

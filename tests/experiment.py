@@ -57,8 +57,7 @@ MEMORY = {}                                                                     
 
 def planes(frame):
     """The planes of an av.VideoFrame without the padding -> views, uint8 (height, width) each."""
-    return [np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, :plane.width]
-            for plane in frame.planes]
+    return [data.as_array(plane)[:, :plane.width] for plane in frame.planes]
 
 
 def remember(path):

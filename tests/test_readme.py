@@ -13,11 +13,8 @@ import retrieval
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text().replace("\\\n", " ")                  # a command's lines joined
-SHORT = dict(re.findall(r'^(\w+)="(.*)"$', README, re.M))                         # what README writes as $P, $U ...
-PARSERS = {"pretrain.py": pretrain.parse_args, "linear_probe.py": linear_probe.parse_args,
-           "retrieval.py": retrieval.parse_args, "finetune.py": finetune.parse_args}
-MAINS = {"pretrain.py": pretrain.main, "linear_probe.py": linear_probe.main, "retrieval.py": retrieval.main,
-         "finetune.py": finetune.main}
+SHORT = dict(re.findall(r'^(\w+)="(.*)"$', README, re.M))                        # what README writes as $P, $U ...
+SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, linear_probe, retrieval, finetune)}
 
 
 def commands():
@@ -27,18 +24,18 @@ def commands():
     for text in texts:
         text = re.sub(r"\$(\w+)", lambda name: SHORT.get(name[1], name[0]), text.split("#")[0])
         for script, rest in re.findall(r"(?:python|torchrun [^&]*?) (\w+\.py)([^&|]*)", text):
-            if script in PARSERS:
+            if script in SCRIPTS:
                 found.append((script, shlex.split(rest)))
     return found
 
 
 def test_readme_names_a_command_for_each_stage():
-    assert {script for script, _ in commands()} == set(PARSERS)
+    assert {script for script, _ in commands()} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script, argv", commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
 def test_each_command_of_readme_parses(script, argv):
-    PARSERS[script](argv)
+    SCRIPTS[script].parse_args(argv)
 
 
 def test_each_table_of_the_paper_has_its_cells():
