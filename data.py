@@ -31,7 +31,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.bitstream import BitStreamFilterContext
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torchvision.transforms import InterpolationMode, v2
@@ -112,6 +111,8 @@ def eval_windows(length: int, T: int = 16, step: int = 4, windows: int = 10) -> 
 # ---------------------------------------------------------------------- decoding
 
 PATIENCE = 60                                   # seconds without a frame after which a decode is given up
+VOP = b"\0\0\1\xb6"                             # MPEG-4's start code of a picture
+DIVX_PACKED = re.compile(rb"DivX\d+(Build|b)\d+p")
 
 
 class VideoError(Exception):
@@ -119,11 +120,10 @@ class VideoError(Exception):
 
 
 @contextmanager
-def open_video(path, unpack=False):
+def open_video(path):
     """-> the decoder of a video's first stream, and its packets in file order. Packet k, and so the frame that it
     becomes, carries as `opaque` (k, is it a key frame), a tuple of its own, since PyAV takes equal ints for one object.
 
-    unpack: DivX puts two frames into a packet, and a packet without any after it; give each frame its own.
     One thread: frame threading hangs for ever on some corrupt files, and loaders run many processes.
     VideoError, also for what goes wrong inside the `with`: the file, or the rest of it, is unreadable.
     """
@@ -134,14 +134,10 @@ def open_video(path, unpack=False):
                 closing(container.demux(video=0)) as packets:                   # left open, it loses memory
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            codec = stream.codec_context
+            codec = container.streams.video[0].codec_context
             if codec is None:
                 raise VideoError(f"{path}: no decoder for the video stream")
             codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
-            if unpack and codec.name == "mpeg4":
-                split = BitStreamFilterContext("mpeg4_unpack_bframes", stream)
-                packets = (part for packet in packets for part in (split.filter(packet) if packet.size else (packet,)))
             yield codec, (setattr(packet, "opaque", (k, packet.is_keyframe)) or packet
                           for k, packet in enumerate(packets))
     except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -165,63 +161,128 @@ def read_frames(path):
 
 
 def examine(path):
-    """One full sequential decode -> frames, height, width, problem ("" where nothing went wrong), order.
+    """One full sequential decode -> frames, height, width, problem ("" where nothing went wrong), packets.
 
-    order: which packet each frame came from, for read_needed; "" where that, or a frame, is in doubt.
+    packets: what read_needed goes by (`locate`); "" where the order of packets and frames, or a frame, is in doubt.
     """
-    height, width, problem, order, sound = 0, 0, "", [], True
+    height, width, problem, packets, order, sound = 0, 0, "", "", [], True
     try:
+        before = stamp(path)
         for frame in read_frames(path):
             height, width = frame.height, frame.width
             packet, key = frame.opaque or (-1, False)
             order.append(packet)
             # with H.264's intra refresh a "key frame" is a P-frame, and a decode from there is whole some frames later
-            sound = sound and not frame.is_corrupt and not (key and frame.pict_type != PictureType.I)
-    except VideoError as error:
+            sound = sound and not (packet < 0 or frame.is_corrupt or key and frame.pict_type != PictureType.I)
+        if sound and len(set(order)) == len(order) > 0:
+            packets = locate(path, order, before)
+    except (VideoError, OSError) as error:
         problem = reason(error, path)
-    steps = np.diff(order, prepend=0)                                           # 0 1 1 1 ... where nothing is reordered
-    regular = sound and not problem and len(set(order)) == len(order) and abs(steps).max(initial=0) < 128
-    order = base64.b64encode(zlib.compress(steps.astype(np.int8).tobytes())).decode() if regular else ""
-    return len(steps), height, width, problem if len(steps) or problem else "no frames", order
+    return len(order), height, width, problem or ("" if order else "no frames"), packets
 
 
 def count_frames(path):
-    """-> frames, height, width, problem: what `examine` finds, without the order."""
+    """-> frames, height, width, problem: what `examine` finds, without the packets."""
     return examine(path)[:4]
 
 
-def read_needed(path, wanted, order):
+def stamp(file):
+    """What tells whether a file, a path or a descriptor, is still the one that was scanned -> [bytes, nanoseconds]."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def locate(path, order, before):
+    """-> what read_needed goes by, as text (`recall` reads it): the decoder's set-up and five numbers of each packet;
+    "" where a packet is not one piece of the file. order: the packet of each frame; before: the file's stamp.
+
+    DivX puts two pictures into a packet, and an empty one into a packet after it: a decoder keeps the second until the
+    next packet comes, whose own, unless empty, then has to wait. Here each picture has a packet.
+    """
+    pieces, keys, end, waiting, packed = [], [], 0, [], None
+    with open_video(path) as (codec, packets), open(path, "rb", buffering=0) as file:
+        head = dict(file=before, codec=codec.name, extra=(codec.extradata or b"").decode("latin-1"), setup={
+            name: getattr(codec, name) for name in ("codec_tag", "width", "height", "colorspace", "color_range")})
+        for packet in packets:
+            if not packet.size:                                                 # the last
+                continue
+            body = bytes(packet)
+            at = next((near + found for near in (end, packet.pos or 0)          # perhaps after a header of a few bytes
+                       if (found := os.pread(file.fileno(), len(body) + 64, near).find(body)) >= 0), None)
+            if at is None or packet.opaque[0] != len(pieces):
+                return ""
+            end, pictures = at + len(body), [body]
+            if codec.name == "mpeg4":
+                if packed is None:
+                    packed = bool(DIVX_PACKED.search((codec.extradata or b"") + body))
+                if (second := body.find(VOP, body.find(VOP) + 4)) > 0:
+                    pictures = [body[:second], body[second:]]
+                elif waiting and len(body) <= 19 and picture_type(body) == 1:   # empty pictures call themselves P
+                    pictures = []
+                elif waiting and body.startswith(b"\0\0\1\xb0"):               # here decoders drop what waits
+                    return ""
+            for picture in pictures:
+                waiting.append((at, len(picture), picture_type(picture) if codec.name == "mpeg4" else -1))
+                at += len(picture)
+            pieces.append(waiting.pop(0))
+            keys.append(packet.opaque[1])
+            if len(waiting) > 1 or waiting and not (packed and waiting[0][2] in (0, 2)):
+                return ""
+    numbers, (offset, size, kind) = np.arange(len(pieces)), np.array(pieces).T
+    shown = np.full(len(pieces), -1)                                            # the frame that a packet becomes, or -1
+    shown[order] = range(len(order))
+    when = np.where(shown < 0, len(order), shown)
+    clean = keys & (np.minimum.accumulate(when[::-1])[::-1] == when)            # none that follows it is shown earlier
+    start = np.maximum.accumulate(np.where(clean, numbers, 0))                  # where a decode of this packet starts
+    gap = np.diff(offset, prepend=0) - np.append(0, size[:-1])
+    table = np.stack([np.diff(shown, prepend=0), np.diff(start, prepend=0), gap, size, kind == 2]).astype("<i8")
+    return base64.b64encode(zlib.compress(json.dumps(head).encode() + b"\n" + table.tobytes())).decode()
+
+
+def picture_type(packet):
+    """Of MPEG-4: 0 I, 1 P, 2 B (no other picture refers to it), 3 S; -1: no picture."""
+    after = packet.partition(VOP)[2]
+    return after[0] >> 6 if after else -1
+
+
+def recall(packets):
+    """What `locate` wrote -> a decoder as it was set up, the file's stamp, and five lists, a number for each packet: the
+    frame it becomes, or -1; where a decode of it starts; offset and size in bytes; is it of no use for other frames."""
+    head, table = zlib.decompress(base64.b64decode(packets)).split(b"\n", 1)
+    known, (shown, start, gap, size, spare) = json.loads(head), np.frombuffer(table, "<i8").reshape(5, -1)
+    codec = av.CodecContext.create(known["codec"], "r")
+    codec.extradata = known["extra"].encode("latin-1") or None
+    for name, value in known["setup"].items():
+        setattr(codec, name, value)
+    codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
+    offset = np.cumsum(gap + size) - size
+    return codec, known["file"], *(x.tolist() for x in (shown.cumsum(), start.cumsum(), offset, size, spare))
+
+
+def read_needed(path, wanted, packets):
     """(n, av.VideoFrame) for the frames `wanted`, decoding little else: exactly read_frames' n-th, or left out.
 
-    Inside a group of pictures, packets after the last wanted one are not sent, and the decoder passes over what no
-    other frame refers to (skip_frame); a group without a wanted frame is not sent at all. order: what `examine` found.
+    A decoder without a container gets its packets straight from the file: of each group of pictures with a wanted frame
+    all up to the last of these that are of use; what it finds of none itself it passes over (skip_frame).
     """
-    order = np.frombuffer(zlib.decompress(base64.b64decode(order)), np.int8).cumsum(dtype=np.int64)
-    frame_of = {int(order[n]): n for n in wanted if n < len(order)}             # packet -> frame
-    last = max(frame_of, default=-1)
-    shown = np.full(last + 1, len(order))                                       # when a packet is shown, if at all ...
-    shown[order[order <= last]] = np.flatnonzero(order <= last)
-    first = np.minimum.accumulate(shown[::-1])[::-1] == shown                   # ... and none that follows it earlier
-
-    def known(frames):
-        return [(frame_of.pop(frame.opaque[0]), frame) for frame in frames
-                if frame.opaque and frame.opaque[0] in frame_of]
-
-    with open_video(path, unpack=True) as (codec, packets):
-        kept, sent = [], -1                                                     # packets that may be needed; last sent
-        for k, packet in zip(range(last + 1), packets):
-            if packet.is_keyframe and first[k]:                                 # a clean start: nothing before is used
-                kept = []
-            kept.append((k, packet))
-            if k in frame_of:
-                if kept[0][0] > sent + 1:                                       # a gap: the decoder starts afresh
-                    yield from known(codec.decode(None))
-                    codec.flush_buffers()
-                for sent, needed in kept:
-                    codec.skip_frame = "DEFAULT" if sent == k else "NONREF"
-                    yield from known(codec.decode(needed))
-                kept = []
-        yield from known(codec.decode(None))
+    codec, scanned, shown, start, offset, size, spare = recall(packets)
+    if stamp(path) != scanned:
+        return
+    needed = [k for k, n in enumerate(shown) if n in wanted]
+    with open(path, "rb", buffering=0) as file:
+        for k, group in itertools.groupby(needed, start.__getitem__):
+            for last in group:
+                for k in range(k, last + 1):
+                    if k == last or not spare[k]:
+                        packet = av.Packet(size[k])                             # padded: FFmpeg reads some bytes beyond
+                        os.preadv(file.fileno(), [packet], offset[k])
+                        if k == last:
+                            packet.opaque = (shown[k],)                         # a tuple of its own, as in open_video
+                        codec.skip_frame = "DEFAULT" if k == last else "NONREF"
+                        yield from ((frame.opaque[0], frame) for frame in codec.decode(packet) if frame.opaque)
+                k += 1
+            yield from ((frame.opaque[0], frame) for frame in codec.decode(None) if frame.opaque)   # what is inside
+            codec.flush_buffers()
 
 
 def reason(error, path):
@@ -229,12 +290,12 @@ def reason(error, path):
     return str(error).removeprefix(f"{os.path.abspath(path)}: ")
 
 
-def wanted_frames(path, wanted, order=""):
-    """(n, av.VideoFrame) for each number in `wanted`, in any order; without `order`, or where it does not hold, all
+def wanted_frames(path, wanted, packets=""):
+    """(n, av.VideoFrame) for each number in `wanted`, in any order; without `packets`, or where they do not hold, all
     frames are counted from the first on. VideoError: the file does not give all of them."""
     left, n = set(wanted), -1
-    if order:
-        with suppress(VideoError), closing(read_needed(path, wanted, order)) as stream:
+    if packets:
+        with suppress(av.error.FFmpegError, OSError, ValueError), closing(read_needed(path, wanted, packets)) as stream:
             for n, frame in stream:
                 left.remove(n)
                 yield n, frame
@@ -249,13 +310,13 @@ def wanted_frames(path, wanted, order=""):
         raise VideoError(f"{os.path.abspath(path)}: frame {max(left)} was asked for, but only {n + 1} frames decode")
 
 
-def decode(path, frames, size: int | None = None, boxes: list | None = None, order: str = "") -> torch.Tensor:
+def decode(path, frames, size: int | None = None, boxes: list | None = None, packets: str = "") -> torch.Tensor:
     """Exactly the frames asked for, numbered as a full sequential decode numbers them -> uint8 (len(frames), 3, H, W).
 
     frames: ints in any order, repeats allowed. Only they are converted, and little more than they is decoded.
     size:   None: pixels as they are; else the short side is scaled to it (bilinear).
     boxes:  a crop for each frame, (top, left, height, width) as shares of the picture; each becomes size x size.
-    order:  what the scan knows of the file (`examine`), which makes it faster and changes nothing else.
+    packets: what the scan knows of the file (`examine`), which makes it faster and changes nothing else.
     VideoError: the file is unreadable or ends before the last frame asked for.
     """
     places = defaultdict(list)                                                  # frame number -> places in the output
@@ -264,9 +325,9 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None, ord
     if min(places, default=-1) < 0:
         raise ValueError(f"{path}: frames must be one or more numbers from 0 on, but are {list(frames)[:10]}")
     converters, out = {}, None
-    with closing(wanted_frames(path, places, order)) as stream:
+    with closing(wanted_frames(path, places, packets)) as stream:
         for n, frame in stream:
-            images = {}                                                         # box -> (H, W, 3), within this frame
+            images = {}                                                         # box -> (H, 3W), within this frame
             for place in places[n]:
                 box = boxes[place] if boxes else None
                 if box not in images:
@@ -275,15 +336,15 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None, ord
                         converters[kind] = converter(frame, size, box)
                     images[box] = converters[kind](frame)
                 if out is None:
-                    out = np.empty((len(frames), *images[box].shape), np.uint8)
+                    out = np.empty((len(frames), *images[box].shape), np.uint8)     # (len(frames), H, 3W)
                 if out[place].shape != images[box].shape:
                     raise VideoError(f"{os.path.abspath(path)}: the picture size changes at frame {n}")
                 out[place] = images[box]
-    return torch.from_numpy(out).permute(0, 3, 1, 2)                            # (len(frames), 3, H, W)
+    return torch.from_numpy(out).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)      # (len(frames), 3, H, W)
 
 
 def converter(frame, size, box):
-    """-> a function: av.VideoFrame -> uint8 (H, W, 3), for frames of this one's size and format; size, box: of decode.
+    """-> a function: av.VideoFrame -> uint8 (H, 3W), for frames of this one's size and format; size, box: of decode.
 
     Crop, planar scaling, then conversion of the few pixels left: about half the time of scaling and converting at once.
     Where a box starts at an odd pixel, chroma, which has half as many, is off by half of one of its own.
@@ -291,29 +352,30 @@ def converter(frame, size, box):
     unify, scale, convert = (VideoReformatter() for _ in range(3))              # each keeps its set-up
     bilinear, sides = dict(interpolation=Interpolation.BILINEAR, threads=1), (frame.height, frame.width)
     planar = frame.format.name if frame.format.name in ("yuv420p", "yuvj420p") else "yuv420p"
+    unlike = size is not None and frame.format.name != planar
     if box is None:
         height, width = (round(side * size / min(sides)) for side in sides) if size is not None else sides
     else:
         height, width = (max(1, round(share * side)) for share, side in zip(box[2:], sides))
         top, left = (min(round(share * side), side - part) for share, side, part in zip(box, sides, (height, width)))
-        part = av.VideoFrame(width, height, planar)
+        part, cuts = av.VideoFrame(width, height, planar), []                   # of each plane: first pixel, target
         part.colorspace, part.color_range = frame.colorspace, frame.color_range
-        cuts = []                                                               # of each plane: rows, columns, target
         for plane, half in zip(part.planes, (1, 2, 2)):
-            rows, columns = (slice(first // half, first // half - (-side // half))
-                             for first, side in ((top, height), (left, width)))
-            cuts.append((rows, columns, as_array(plane)[:, :columns.stop - columns.start]))
+            cuts.append((top // half, left // half, as_array(plane)[:, :-(-width // half)]))
         height = width = size
 
     def to_rgb(frame):
-        if size is not None:
+        if unlike:
             frame = unify.reformat(frame, format=planar, threads=1)
-            if box is not None:
-                for plane, (rows, columns, target) in zip(frame.planes, cuts):
-                    target[:] = as_array(plane)[rows, columns]
-                frame = part
+        if box is not None:
+            for plane, (row, column, target) in zip(frame.planes, cuts):        # np.ndarray: the box, without a copy
+                line = plane.line_size
+                target[:] = np.ndarray(target.shape, np.uint8, plane, row * line + column, (line, 1))
+            frame = part
+        if size is not None:
             frame = scale.reformat(frame, width, height, "yuv420p", **bilinear)
-        return convert.reformat(frame, format="rgb24", **bilinear).to_ndarray()
+        rgb = convert.reformat(frame, format="rgb24", **bilinear)
+        return as_array(rgb.planes[0])[:, :3 * width]
     return to_rgb
 
 
@@ -483,7 +545,7 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
     """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
 
     An entry holds for one file size and modification time; a lost or damaged index is only made anew.
-    -> {path: (frames, height, width, problem, order)} for the files found, as `examine` finds them.
+    -> {path: (frames, height, width, problem, packets)} for the files found, as `examine` finds them.
     ValueError: too many files are missing (MAX_BAD), or all.
     """
     total, missing = len(split.paths), split.missing
@@ -493,26 +555,23 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
         raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first}")
     index = Path(index or default_index(split.root))
     try:
-        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 7}
+        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 6}
     except (OSError, ValueError, TypeError, AttributeError):                    # not there, or not what it was
         known = {}
-    stamps = {}
-    for path, file in split.found.items():
-        stat = file.stat()
-        stamps[path] = [stat.st_size, stat.st_mtime_ns]
-    todo = [path for path in split.found if known.get(path, [None])[:2] != stamps[path]]
+    stamps = {path: stamp(file) for path, file in split.found.items()}
+    todo = [path for path in split.found if known.get(path, [None])[0] != stamps[path]]
     saved = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
         counts = pool.map(examine, [str(split.found[path]) for path in todo])
         for path, count in zip(todo, tqdm(counts, f"scan {split.title}", len(todo), unit="video",
                                           disable=not progress or not todo)):
-            known[path] = stamps[path] + list(count)
+            known[path] = [stamps[path], *count]
             if time.monotonic() - saved > 60:                                   # a killed scan goes on where it was
                 write_json(index, known)
                 saved = time.monotonic()
     if todo:
         write_json(index, known)
-    return {path: tuple(known[path][2:]) for path in split.found}
+    return {path: tuple(known[path][1:]) for path in split.found}
 
 
 def write_json(file, value, indent=None):
@@ -742,15 +801,27 @@ def epoch_order(seed, epoch, videos):
     return np.random.default_rng([seed, epoch]).permutation(videos)
 
 
-def as_arrays(split, paths, index):
-    """Flat arrays, which many loader processes can share: files, (frames, height, width), orders; zeros for what is not
-    there. split, index: of load_split and scan."""
-    entries = [index.get(path, (0, 0, 0, "", "")) for path in paths]
-    return (np.array([os.fsencode(split.found.get(path, "")) for path in paths]),
-            np.array([entry[:3] for entry in entries]), np.array([entry[4].encode() for entry in entries]))
+class Videos(torch.utils.data.Dataset):
+    """What the scan knows of some videos, in flat arrays that all loader processes share: files, shapes (frames,
+    height, width), packets one after the other; zeros for what is not there. split, index: of load_split and scan."""
+
+    def __init__(self, split, paths, index):
+        entries = [index.get(path, (0, 0, 0, "", "")) for path in paths]
+        self.files = np.array([os.fsencode(split.found.get(path, "")) for path in paths])
+        self.shapes = np.array([entry[:3] for entry in entries])
+        self.packets = torch.tensor(np.frombuffer("".join(entry[4] for entry in entries).encode(), np.uint8))
+        self.ends = np.cumsum([len(entry[4]) for entry in entries])             # of each one's packets
+
+    def __len__(self):
+        return len(self.files)
+
+    def decode(self, v, frames, size, boxes=None):
+        """`decode` of video v"""
+        packets = self.packets[self.ends[v - 1] if v else 0:self.ends[v]].numpy().tobytes()
+        return decode(os.fsdecode(self.files[v]), frames, size, boxes, packets)
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(Videos):
     """Groups of two videos under one relative transformation (Fig. 3), by (epoch, group).
 
     What is drawn is a function of (seed, epoch, group): workers and processes do not change it. equivariance (Table 1
@@ -760,7 +831,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal",
                  clips=2):
-        self.files, self.shapes, self.orders = as_arrays(split, paths, index)
+        super().__init__(split, paths, index)
         self.T, self.size, self.speeds, self.seed = T, size, speeds, seed
         self.equivariance, self.clips = equivariance, clips
 
@@ -807,7 +878,7 @@ class Pairs(torch.utils.data.Dataset):
         """All clips of video v from one decode, p, q and perhaps again p, q -> uint8 (n, T, 3, size, size)."""
         frames = [n for tau in pair for n in tau.frames(self.T)] * (self.clips // 2)    # nT frame numbers
         boxes = [box for box, _ in views for _ in range(self.T)]                # nT boxes: constant over a clip
-        clips = decode(os.fsdecode(self.files[v]), frames, self.size, boxes, self.orders[v]).unflatten(0, (-1, self.T))
+        clips = self.decode(v, frames, self.size, boxes).unflatten(0, (-1, self.T))
         return torch.stack([clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)])
 
 
@@ -841,18 +912,15 @@ def ignore_signals(worker):
 # ---------------------------------------------------------------------- clips for judging (Sec. 3.4, 4)
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips(Videos):
     """Labelled clips for fine-tuning, by (epoch, place): one random clip of each video an epoch, as in transfer:
     `step` source frames apart or what fits, forwards. What is drawn is a function of (seed, epoch, place)."""
 
     def __init__(self, split, paths, index, T=16, size=128, step=4, seed=0):
-        self.files, self.shapes, self.orders = as_arrays(split, paths, index)
+        super().__init__(split, paths, index)
         label = dict(zip(split.paths, split.labels))
         self.labels = np.array([label[path] for path in paths])
         self.T, self.size, self.step, self.seed = T, size, step, seed
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, key):
         """-> dict: clips uint8 (1, T, 3, H, W), label, colour seed, video (1,); failed: [(file, problem)] replaced."""
@@ -866,7 +934,7 @@ class Clips(torch.utils.data.Dataset):
             box, flip = draw_view(height, width, rng.getrandbits(63))
             try:
                 frames = [min(start + step * t, length - 1) for t in range(self.T)]
-                clip = decode(os.fsdecode(self.files[v]), frames, self.size, [box] * self.T, self.orders[v])
+                clip = self.decode(v, frames, self.size, [box] * self.T)
             except VideoError as error:
                 failed.append((os.fsdecode(self.files[v]), str(error)))
                 v = rng.randrange(len(self.files))
@@ -876,20 +944,17 @@ class Clips(torch.utils.data.Dataset):
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
 
-class Windows(torch.utils.data.Dataset):
+class Windows(Videos):
     """Each video's evenly spaced test windows, all from one decode, whole frames at short side size * 8 / 7.
 
     # paper silent: 8/7, the field's 128 for 112; a frame is larger than the crop, so that the crops differ.
     """
 
     def __init__(self, split, index, T=16, size=128, step=4, windows=10):
-        self.files, self.shapes, self.orders = as_arrays(split, split.paths, index)
+        super().__init__(split, split.paths, index)
         bad = unreadable(split, index)
         self.problems = {v: bad[path] for v, path in enumerate(split.paths) if path in bad}
         self.T, self.side, self.step, self.windows = T, round(size * 8 / 7), step, windows
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, v):
         """-> v, uint8 (windows, T, 3, h, w) and "", or None and the problem: nothing is ever replaced."""
@@ -897,7 +962,7 @@ class Windows(torch.utils.data.Dataset):
             return v, None, self.problems[v]
         frames = sum(eval_windows(int(self.shapes[v, 0]), self.T, self.step, self.windows), [])
         try:
-            clips = decode(os.fsdecode(self.files[v]), frames, self.side, order=self.orders[v])
+            clips = self.decode(v, frames, self.side)
             return v, clips.unflatten(0, (-1, self.T)), ""
         except VideoError as error:
             return v, None, reason(error, os.fsdecode(self.files[v]))

@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import AMP, average_crops, init_distributed, peak_memory, run, step_scaled  # noqa: E402
-from data import (Pairs, Windows, decode, draw_view, load_split, make_toy, open_video, read_frames,  # noqa: E402
+from data import (Pairs, Windows, decode, draw_view, load_split, make_toy, read_frames, recall,  # noqa: E402
                   sample_pair, scan, step_loader, write_json)
 from models import TimeEquivariant, new_backbone  # noqa: E402
 from pretrain import forward_backward  # noqa: E402
@@ -143,9 +143,9 @@ def torchcodec(video, frames, boxes=None):
     return resized(images[[numbers.index(n) for n in frames]], boxes)
 
 
-def opencv(video, frames, boxes=None):
-    """Stops at the last frame needed, converts only what is needed, scales (as cv2 does by default, without smoothing)
-    before it swaps the colours."""
+def opencv(video, frames, boxes=None, smooth=True):
+    """Stops at the last frame needed, converts only what is needed, and scales it, smoothing as the others do, before
+    it swaps the colours."""
     import cv2
     cv2.setNumThreads(1)
     capture, found, last = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), {}, max(frames)
@@ -160,9 +160,15 @@ def opencv(video, frames, boxes=None):
         image = found[n]
         if box:
             top, left, height, width = pixels(box, *image.shape[:2])
-            image = cv2.resize(image[top:top + height, left:left + width], (SIZE, SIZE))
+            image = cv2.resize(image[top:top + height, left:left + width], (SIZE, SIZE),
+                               interpolation=cv2.INTER_AREA if smooth else cv2.INTER_LINEAR)
         images.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def opencv_rough(video, frames, boxes=None):
+    """cv2.resize at its default, which does not smooth: small pictures show patterns that are not there."""
+    return opencv(video, frames, boxes, smooth=False)
 
 
 def pixels(box, height, width):
@@ -182,37 +188,35 @@ class Floor:
     up to the last of these; what neither is needed nor referred to is passed over; no picture is touched."""
 
     def __init__(self, video):
-        self.file = open_video(video.path, unpack=True)
-        self.codec, packets = self.file.__enter__()
-        self.packets = list(packets)
-        self.packet = [(frame.opaque or [None])[0] for packet in self.packets for frame in self.codec.decode(packet)]
-        self.starts, latest = [], -1                                            # key frames, where a decode can start
-        for k in self.packet if None not in self.packet else ():                # frame after frame as shown
-            if k > latest and self.packets[k].is_keyframe:
-                self.starts.append(k)
-            latest = max(latest, k)
+        self.codec, _, self.shown, self.start, offsets, sizes, self.spare = recall(video.known[4])
+        content, self.packets = Path(video.path).read_bytes(), [av.Packet(size) for size in sizes]
+        for k, (packet, offset, size) in enumerate(zip(self.packets, offsets, sizes)):
+            packet.update(content[offset:offset + size])
+            packet.opaque = (k,)
 
     def __call__(self, video, frames, boxes=None):
         """-> how many of the frames came"""
-        needed, came = {self.packet[n] for n in frames}, set()
-        for start, end in zip(self.starts, [*self.starts[1:], len(self.packets)]):
-            inside = [k for k in needed if start <= k < end]
-            if inside:
-                self.codec.flush_buffers()
-                for k in range(start, max(inside) + 1):
-                    self.codec.skip_frame = "DEFAULT" if k in needed else "NONREF"
-                    came |= {frame.opaque[0] for frame in self.codec.decode(self.packets[k])}
-                came |= {frame.opaque[0] for frame in self.codec.decode(None)}  # what is still inside
-        return len(came & needed)
+        frames, came = set(frames), 0
+        needed = [k for k, n in enumerate(self.shown) if n in frames]
+        for start, group in itertools.groupby(needed, self.start.__getitem__):
+            group = set(group)
+            for k in range(start, max(group) + 1):
+                if k in group or not self.spare[k]:
+                    self.codec.skip_frame = "DEFAULT" if k in group else "NONREF"
+                    came += sum(frame.opaque[0] in group for frame in self.codec.decode(self.packets[k]))
+            came += sum(frame.opaque[0] in group for frame in self.codec.decode(None))     # what is still inside
+            self.codec.flush_buffers()
+        return came
 
 
-ROUTES = dict(ours=ours, naive=naive, decord=decord, torchcodec=torchcodec, opencv=opencv)
+ROUTES = dict(ours=ours, naive=naive, decord=decord, torchcodec=torchcodec, opencv=opencv, opencv_rough=opencv_rough)
 
 
 def installed():
     """The routes whose package loads -> {name: route}, {name: why not}."""
     routes, absent = dict(ROUTES), {}
-    for name, module in dict(decord="decord", torchcodec="torchcodec.decoders", opencv="cv2").items():
+    modules = dict(decord="decord", torchcodec="torchcodec.decoders", opencv="cv2", opencv_rough="cv2")
+    for name, module in modules.items():
         try:
             importlib.import_module(module)
         except (ImportError, OSError, RuntimeError) as error:
@@ -291,10 +295,10 @@ def reading(videos, twins, count):
              for name, route in routes.items()}
     files, ratios = {}, defaultdict(lambda: defaultdict(list))
     for k, video in enumerate(videos):
-        floor, spent = Floor(video), defaultdict(list)
+        floor, spent = Floor(video) if video.known[4] else None, defaultdict(list)
         entrants = {name: (route, video) for name, route in routes.items() if not isinstance(exact[name][k], str)}
         asked = [drawn(video, seed)[0] for seed in range(count)]
-        if floor.starts and all(floor(video, frames) == len(set(frames)) for frames in asked):
+        if floor and all(floor(video, frames) == len(set(frames)) for frames in asked):
             entrants["floor"] = floor, video
         if video.path in twins:
             entrants["shrunk"] = ours, twins[video.path]
@@ -312,7 +316,7 @@ def reading(videos, twins, count):
         for name in {**ms, **routes}:
             right = exact[name][k] if name in exact else ""
             right = right if isinstance(right, str) else f"{right[0]} of {right[1]} frames right"
-            print(f"    {name:10} " + (f"{ms[name][0]:7.1f} ms CPU {ms[name][1]:7.1f} ms a pair, "
+            print(f"    {name:12} " + (f"{ms[name][0]:7.1f} ms CPU {ms[name][1]:7.1f} ms a pair, "
                                        f"{ms[name][0] / ms['ours'][0]:5.2f} of ours; {right}" if name in ms else right))
             if name in ms and name != "ours":
                 ratio = ms[name][0] / ms["ours"][0]
@@ -569,11 +573,11 @@ def settings(quick, device):
     workers = [0] + sorted({min(n, cores) for n in (1, 2, 4, 8, 16, 32, cores)})
     gpu = dict(arch="r3d18", amp="bf16", frames=16, size=128, batch=192, pairs=15, rounds=3, batches=6, steps=8,
                archs=("r3d18", "r3d18_tv", "r2plus1d18", "s3dg"), step_batches=(16, 64), windows=10,
-               extracted=(50, 100), galleries=(60000, 240000), queries=1000, amps=("off", "bf16", "fp16"), files=4,
+               extracted=(50, 100), galleries=(60000, 240000), queries=1000, amps=("off", "bf16", "fp16"), files=12,
                variants=[("off", False), ("bf16", False), ("fp16", False), ("bf16", True)])     # compiling takes long
     cpu = dict(arch="r3d18_narrow", amp="off", frames=16, size=64, batch=16, pairs=15, rounds=3, batches=6, steps=5,
                archs=("r3d18_narrow",), step_batches=(8, 16), windows=10, extracted=(10, 20), galleries=(10000, 40000),
-               queries=1000, amps=("off",), files=4,
+               queries=1000, amps=("off",), files=12,
                variants=[("off", False), ("off", True)])                        # bf16 takes CPUs minutes a step
     less = dict(frames=8, size=32, batch=4, pairs=2, rounds=1, batches=2, steps=2, step_batches=(2, 4), windows=2,
                 extracted=(2, 4), galleries=(1000, 4000), queries=100, files=1, amps=("off",),
