@@ -228,6 +228,8 @@ def locate(path, order, before):
             keys.append(packet.opaque[1])
             if len(waiting) > 1 or waiting and not (packed and waiting[0][2] in (0, 2)):
                 return ""
+    if max(order) >= len(pieces):                                               # the file has just been replaced
+        return ""
     numbers, (offset, size, kind) = np.arange(len(pieces)), np.array(pieces).T
     shown = np.full(len(pieces), -1)                                            # the frame that a packet becomes, or -1
     shown[order] = range(len(order))
@@ -247,7 +249,8 @@ def picture_type(packet):
 
 def recall(packets):
     """What `locate` wrote -> a decoder as it was set up, the file's stamp, and five lists, a number for each packet: the
-    frame it becomes, or -1; where a decode of it starts; offset and size in bytes; is it of no use for other frames."""
+    frame it becomes, or -1; where its decode has to start; offset and size in bytes; is it of no use to other frames.
+    """
     head, table = zlib.decompress(base64.b64decode(packets)).split(b"\n", 1)
     known, (shown, start, gap, size, spare) = json.loads(head), np.frombuffer(table, "<i8").reshape(5, -1)
     codec = av.CodecContext.create(known["codec"], "r")
@@ -263,7 +266,8 @@ def read_needed(path, wanted, packets):
     """(n, av.VideoFrame) for the frames `wanted`, decoding little else: exactly read_frames' n-th, or left out.
 
     A decoder without a container gets its packets straight from the file: of each group of pictures with a wanted frame
-    all up to the last of these that are of use; what it finds of none itself it passes over (skip_frame).
+    all up to the last of these that are of use; what it finds of none itself it passes over (skip_frame). Without the
+    container `decode` takes 0.85 of the time, on shrunk copies 0.75.
     """
     codec, scanned, shown, start, offset, size, spare = recall(packets)
     if stamp(path) != scanned:
@@ -273,15 +277,20 @@ def read_needed(path, wanted, packets):
         for k, group in itertools.groupby(needed, start.__getitem__):
             for last in group:
                 for k in range(k, last + 1):
-                    if k == last or not spare[k]:
-                        packet = av.Packet(size[k])                             # padded: FFmpeg reads some bytes beyond
-                        os.preadv(file.fileno(), [packet], offset[k])
-                        if k == last:
-                            packet.opaque = (shown[k],)                         # a tuple of its own, as in open_video
-                        codec.skip_frame = "DEFAULT" if k == last else "NONREF"
-                        yield from ((frame.opaque[0], frame) for frame in codec.decode(packet) if frame.opaque)
+                    if k < last and spare[k]:
+                        continue
+                    packet = av.Packet(size[k])                                 # padded: FFmpeg reads some bytes beyond
+                    os.preadv(file.fileno(), [packet], offset[k])
+                    codec.skip_frame = "NONREF"
+                    if k == last:
+                        codec.skip_frame, packet.opaque = "DEFAULT", (shown[k],)    # a tuple of its own: see open_video
+                    for frame in codec.decode(packet):
+                        if frame.opaque:
+                            yield frame.opaque[0], frame
                 k += 1
-            yield from ((frame.opaque[0], frame) for frame in codec.decode(None) if frame.opaque)   # what is inside
+            for frame in codec.decode(None):                                    # what is still inside
+                if frame.opaque:
+                    yield frame.opaque[0], frame
             codec.flush_buffers()
 
 

@@ -2,10 +2,12 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +342,7 @@ def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
 
 @pytest.mark.parametrize("damage", [None, b"", b"\xff\x00", b'{"run/00.avi": [1', b"[]", b"null", b"7",
                                     b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}',
-                                    b'{"run/00.avi": [1, 2, 20, 24, 32, ""]}'])
+                                    b'{"run/00.avi": [1, 2, 20, 24, 32, "", ""]}'])
 def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage):
     split, index = load_split("folder", videos), tmp_path / "index.json"
     before = scan(split, index)
@@ -494,6 +496,14 @@ def test_batches_do_not_depend_on_workers_processes_or_the_step_one_starts_at(vi
     assert same([{name: pair[0][name] + pair[1][name] if name == "failed" else torch.cat([b[name] for b in pair])
                   for name in pair[0]} for pair in ranks], whole)
     assert same(batches(**again | dict(first=5)), whole[5:])
+
+
+def test_loader_processes_share_what_the_scan_knows_of_packets_even_if_not_forked(videos):
+    pairs = dataset(videos)
+    copy = pickle.loads(ForkingPickler.dumps(pairs))                            # as a new process gets it
+    assert copy.packets.numel() > 3000 and copy.packets.is_shared()
+    pairs.packets.zero_()
+    assert not copy.packets.any()
 
 
 def test_an_epoch_visits_each_video_at_most_once_and_all_but_the_remainder(videos):

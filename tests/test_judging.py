@@ -401,7 +401,7 @@ def broken(copy, how):
     scan(split)
     index = data.default_index(split.root)
     entries = json.loads(index.read_text())
-    entries[path][2] += 9
+    entries[path][1] += 9
     index.write_text(json.dumps(entries))
     return path, "frame 32 was asked for, but only 24 frames decode"
 
