@@ -248,7 +248,7 @@ def picture_type(packet):
 
 
 def recall(packets):
-    """What `locate` wrote -> a decoder as it was set up, the file's stamp, and five lists, a number for each packet: the
+    """What `locate` wrote -> a decoder as it was set up, the stamp of the file, and five lists, a number a packet: the
     frame it becomes, or -1; where its decode has to start; offset and size in bytes; is it of no use to other frames.
     """
     head, table = zlib.decompress(base64.b64decode(packets)).split(b"\n", 1)
