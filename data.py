@@ -193,7 +193,7 @@ def stamp(file):
 
 
 def locate(path, order, before):
-    """-> what read_needed goes by, as text (`recall` reads it): the decoder's set-up and five numbers of each packet;
+    """-> what read_needed goes by, as text (`reopen` reads it): the decoder's set-up and five numbers of each packet;
     "" where a packet is not one piece of the file. order: the packet of each frame; before: the file's stamp.
 
     DivX puts two pictures into a packet, and an empty one into a packet after it: a decoder keeps the second until the
@@ -247,7 +247,7 @@ def picture_type(packet):
     return after[0] >> 6 if after else -1
 
 
-def recall(packets):
+def reopen(packets):
     """What `locate` wrote -> a decoder as it was set up, the stamp of the file, and five lists, a number a packet: the
     frame it becomes, or -1; where its decode has to start; offset and size in bytes; is it of no use to other frames.
     """
@@ -269,7 +269,7 @@ def read_needed(path, wanted, packets):
     all up to the last of these that are of use; what it finds of none itself it passes over (skip_frame). Without the
     container `decode` takes 0.85 of the time, on shrunk copies 0.75.
     """
-    codec, scanned, shown, start, offset, size, spare = recall(packets)
+    codec, scanned, shown, start, offset, size, spare = reopen(packets)
     if stamp(path) != scanned:
         return
     needed = [k for k, n in enumerate(shown) if n in wanted]

@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import AMP, average_crops, init_distributed, peak_memory, run, step_scaled  # noqa: E402
-from data import (Pairs, Windows, decode, draw_view, load_split, make_toy, read_frames, recall,  # noqa: E402
+from data import (Pairs, Windows, decode, draw_view, load_split, make_toy, read_frames, reopen,  # noqa: E402
                   sample_pair, scan, step_loader, write_json)
 from models import TimeEquivariant, new_backbone  # noqa: E402
 from pretrain import forward_backward  # noqa: E402
@@ -188,7 +188,7 @@ class Floor:
     up to the last of these; what neither is needed nor referred to is passed over; no picture is touched."""
 
     def __init__(self, video):
-        self.codec, _, self.shown, self.start, offsets, sizes, self.spare = recall(video.known[4])
+        self.codec, _, self.shown, self.start, offsets, sizes, self.spare = reopen(video.known[4])
         content, self.packets = Path(video.path).read_bytes(), [av.Packet(size) for size in sizes]
         for k, (packet, offset, size) in enumerate(zip(self.packets, offsets, sizes)):
             packet.update(content[offset:offset + size])
