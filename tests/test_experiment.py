@@ -97,11 +97,9 @@ def test_a_file_that_ends_in_an_error_does_so_from_memory(folder, tmp_path, monk
 
 @pytest.mark.parametrize("row", sorted(experiment.ROWS.keys() - {"random"}))
 def test_each_row_has_the_flags_that_readme_gives_it(row):
-    name = "Fig. 5, distinctiveness" if row == "distinct" else f"({row})"
-    cells = next(line for line in (ROOT / "README.md").read_text().splitlines()
-                 if re.match(r"\| (\(|Table 1|Fig)", line) and name in line.split("|")[1]).split("|")
-    flags = re.search(r"`\$P \$U --out \S+(?: --batch-size 24)?([^`]*)`", cells[2])[1]
-    ours, readme = (vars(pretrain.parse_args(shlex.split(words))) for words in (experiment.ROWS[row], flags))
+    name = "dist24" if row == "distinct" else row
+    flags = re.search(rf"`\$P \$U --out runs/{name}(?: --batch-size 24)?( [^`]*)?`", (ROOT / "README.md").read_text())[1]
+    ours, readme = (vars(pretrain.parse_args(shlex.split(words or ""))) for words in (experiment.ROWS[row], flags))
     assert ours == readme
 
 

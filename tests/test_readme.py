@@ -1,4 +1,5 @@
 """README is true: its snippet runs, its commands parse, and a stranger's path from clone to results works."""
+import itertools
 import json
 import re
 import shlex
@@ -13,7 +14,8 @@ import retrieval
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text().replace("\\\n", " ")                  # a command's lines joined
-SHORT = dict(re.findall(r'^(\w+)="(.*)"$', README, re.M))                        # what README writes as $P, $U ...
+SHORT = dict(re.findall(r'^(\w+)="([^"]*)"', README, re.M))                      # what README writes as $P, $U ...
+LISTS = dict(S=[SHORT["U"], SHORT["H"]], A=["r3d18", "r2plus1d18", "s3dg"])     # what $S and $A stand for, in turn
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, linear_probe, retrieval, finetune)}
 
 
@@ -21,10 +23,11 @@ def commands():
     """The commands of README for our scripts, with $P, $U ... written out: (script, its arguments)."""
     found = []
     texts = re.findall(r"`([^`\n]+)`", README) + re.findall(r"^(?:python|torchrun|srun) .*$", README, re.M)
-    for text in texts:
-        text = re.sub(r"\$(\w+)", lambda name: SHORT.get(name[1], name[0]), text.split("#")[0])
+    for text, S, A in itertools.product(texts, LISTS["S"], LISTS["A"]):
+        names = dict(SHORT, S=S, A=A)
+        text = re.sub(r"\$(\w+)", lambda name: names.get(name[1], name[0]), text.split("#")[0])
         for script, rest in re.findall(r"(?:python|torchrun [^&]*?) (\w+\.py)([^&|]*)", text):
-            if script in SCRIPTS:
+            if script in SCRIPTS and (script, shlex.split(rest)) not in found:
                 found.append((script, shlex.split(rest)))
     return found
 
