@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import (AMP, checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging,
                     on_first, random_beside, run, shared_parser, told, write_result)
-from data import Pairs, VideoError, augmented, collate, count_frames, decode, step_loader, unreadable, usable
+from data import Pairs, VideoError, augmented, count_frames, decode, step_loader, unreadable, usable
 from models import with_psi
 
 PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
@@ -195,17 +195,18 @@ def encode(models, pairs, args, device):
 
     models: {network: F with ψ} -> {network: psi (N, D)}, labels {name: (N, ...)} of data.Pairs, {file: problem}.
     """
-    items, batches = min(8, len(pairs)), []                                     # groups of a batch
+    items, batches, failed = min(8, len(pairs)), [], {}                         # items: groups of a batch
     steps = -(-GROUPS // items)
     for batch in tqdm(step_loader(pairs, items, 0, steps, args.workers), "psi", steps, unit="batch"):
+        failed.update(batch.pop("failed"))
         clips = augmented(batch | dict(clips=batch.pop("clips").to(device)))    # (B, 2, 3, T, H, W)
         with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
             batches.append(batch | {name: model(clips)["psi"].float().cpu() for name, model in models.items()})
-    labels = collate(batches)
+    labels = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     psi = {name: labels.pop(name) for name in models}
     if not all(x.isfinite().all() for x in psi.values()):
         raise ValueError("--psi: what the network makes of some clips is not finite")
-    return psi, labels, dict(labels.pop("failed"))
+    return psi, labels, failed
 
 
 def tell_apart(psi, labels, speeds, T):
