@@ -848,9 +848,9 @@ class Pairs(Videos):
         return len(self.files) // 2
 
     def __getitem__(self, key):
-        """-> dict of tensors, a row a video: uint8 clips (2, n, T, 3, H, W), n = self.clips, and colour seeds (2, n);
-        video (2,), pq (2,), order (2,); of p and q speed (2, 2), direction (2, 2) and first source frame start (2, 2);
-        and failed: [(file, problem)] of the videos replaced."""
+        """-> dict: clips, 2n of uint8 (T, 3, H, W), n = self.clips; tensors, a row a video, colour seeds (2, n), video,
+        pq and order (2,), and of p and q speed, direction and first source frame start (2, 2); failed: [(file,
+        problem)] of the videos replaced."""
         epoch, group = key
         order = epoch_order(self.seed, epoch, len(self.files))
         videos, failed = list(order[2 * group:2 * group + 2]), []
@@ -878,8 +878,7 @@ class Pairs(Videos):
                     break
                 videos[videos.index(v)] = rng.choice(others)
                 continue
-            two = dict(video=torch.tensor([int(v) for v in videos]), seed=torch.tensor(seeds),
-                       clips=stack(clips).unflatten(0, (2, self.clips)),
+            two = dict(clips=clips, seed=torch.tensor(seeds), video=torch.tensor([int(v) for v in videos]),
                        start=torch.tensor([[tau.start for tau in pair] for pair in pairs]))
             return two | {name: torch.tensor([label, label]) for name, label in labels.items()} | dict(failed=failed)
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
@@ -892,19 +891,14 @@ class Pairs(Videos):
         return [clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)]
 
 
-def stack(clips):
-    """torch.stack of (..., 3, H, W) as a plain copy: the three values of a pixel lie side by side, as they were
-    decoded, and stay so until they are on the network's device. To sort them here would take 3 ms a pair."""
-    return torch.stack([clip.movedim(-3, -1) for clip in clips]).movedim(-1, -3)
-
-
 def collate(items):
-    """The rows of all items -> one batch, written in a loader's process straight into memory that it shares."""
-    rows = [{name: x.movedim(-3, -1) if name == "clips" else x for name, x in item.items() if name != "failed"}
-            for item in items]                                                  # movedim: as in stack
-    batch = {name: x.flatten(0, 1) for name, x in torch.utils.data.default_collate(rows).items()}
-    failed = [video for item in items for video in item["failed"]]
-    return batch | dict(clips=batch["clips"].movedim(-1, -3), failed=failed)
+    """The rows of all items -> one batch. A loader's process writes the clips but once, into memory that it shares. The
+    three values of a pixel stay side by side, as decoded, until they are on the network's device: to sort them here
+    would take 3 ms a pair."""
+    batch = {name: torch.cat([item[name] for item in items]) for name in items[0] if name not in ("clips", "failed")}
+    clips = torch.utils.data.default_collate([clip.movedim(1, 3) for item in items for clip in item["clips"]])
+    clips = clips.movedim(4, 2).unflatten(0, batch["seed"].shape)               # (B, n, T, 3, H, W) or (B, T, 3, H, W)
+    return batch | dict(clips=clips, failed=[video for item in items for video in item["failed"]])
 
 
 def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
@@ -942,7 +936,7 @@ class Clips(Videos):
         self.T, self.size, self.step, self.seed = T, size, step, seed
 
     def __getitem__(self, key):
-        """-> dict: clips uint8 (1, T, 3, H, W), label, colour seed, video (1,); failed: [(file, problem)] replaced."""
+        """-> dict: clips [uint8 (T, 3, H, W)]; label, colour seed, video (1,); failed: [(file, problem)] replaced."""
         epoch, place = key
         v, failed = int(epoch_order(self.seed, epoch, len(self.files))[place]), []
         rng = random.Random(repr((self.seed, epoch, place)))
@@ -958,7 +952,7 @@ class Clips(Videos):
                 failed.append((os.fsdecode(self.files[v]), str(error)))
                 v = rng.randrange(len(self.files))
                 continue
-            return dict(clips=(clip.flip(-1) if flip else clip)[None], label=torch.tensor([self.labels[v]]),
+            return dict(clips=[clip.flip(-1) if flip else clip], label=torch.tensor([self.labels[v]]),
                         seed=torch.tensor([rng.getrandbits(63)]), video=torch.tensor([v]), failed=failed)
         raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
@@ -1003,7 +997,7 @@ def preview(argv):
     if not 0 <= args.group < len(pairs):
         raise ValueError(f"--group must lie between 0 and {len(pairs) - 1}, but is {args.group}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(figure2(pairs, pairs[0, args.group])).save(args.out)
+    TF.to_pil_image(figure2(pairs, collate([pairs[0, args.group]]))).save(args.out)
     print(f"{report}\n{args.out}: group {args.group}")
 
 
