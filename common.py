@@ -59,7 +59,7 @@ def shared_parser(doc, argv, judging=False):
     group.add_argument("--annotations", help="folder of the official lists; None: looked for beside the videos")
     group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; judging several gives their mean "
                        "(Sec. 4)", **(dict(nargs="+", default=[1]) if judging else dict(default=1)))
-    group.add_argument("--index", help="file that remembers frame counts; None: one in ~/.cache")
+    group.add_argument("--index", help="file that remembers what the scan of the videos found; None: one in ~/.cache")
     group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
                        default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     group = parser.add_argument_group("model")
@@ -494,7 +494,7 @@ def load_for_judging(args):
 
 
 def list_and_scan(args, number, part):
-    """One part of an official split, or the folder `part` of one's own videos -> Split, index of frame counts."""
+    """One part of an official split, or the folder `part` of one's own videos -> Split, what `scan` finds."""
     if part not in ("train", "test"):
         if not Path(part).is_dir():
             raise ValueError(f"there is no folder {part}; a gallery or query is train, test or a folder of videos")
