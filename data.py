@@ -187,7 +187,7 @@ def count_frames(path):
 
 
 def stamp(file):
-    """What tells whether a file, a path or a descriptor, is still the one that was scanned -> [bytes, nanoseconds]."""
+    """What tells whether a file is still the one that was scanned -> [size in bytes, time of its last change in ns]."""
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 
