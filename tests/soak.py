@@ -135,7 +135,8 @@ def break_files(count, workers):
 
 def held():
     """kB of resident memory, open files, of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    with open("/proc/self/statm") as file:                                      # Path would add names to Python's own
+        pages = int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") // 1024, len(os.listdir("/proc/self/fd"))
 
 
@@ -160,11 +161,12 @@ def decode_on(decodes, restarts, workers):
         (root / "000.avi").unlink()                                             # broken after the scan: errors leak too
         (root / "000.avi").write_bytes(files[0].read_bytes()[:2000])
         steps, told, wrong, begun = decodes // 2 // restarts, [], [], time.monotonic()
+        rows = np.ones((steps, 3), np.int64)                                    # written anew: no memory of its own
         for restart in range(restarts):
-            rows = [batch["held"][0].tolist() for batch in                      # lists: tensors would keep a file open
-                    step_loader(pairs, 1, restart * steps, (restart + 1) * steps, workers)]
+            for row, batch in zip(rows, step_loader(pairs, 1, restart * steps, (restart + 1) * steps, workers)):
+                row[:] = batch["held"][0].tolist()                              # a tensor would keep a file open
             for worker in range(workers):
-                mine = np.array([row[1:] for row in rows if row[0] == worker])  # (steps / workers, 2)  kB, files
+                mine = rows[rows[:, 0] == worker, 1:]                           # (steps / workers, 2)  kB, files
                 middle, end = (np.median(mine[at - len(mine) // 20 - 1:at], axis=0)
                                for at in (len(mine) // 2, len(mine)))
                 told.append((*middle.tolist(), *end.tolist()))
