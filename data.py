@@ -119,12 +119,18 @@ class VideoError(Exception):
     """A video that does not give the frames asked of it; the message names the file and says why."""
 
 
+def alone(codec):
+    """A decoder in one thread, since frame threading hangs for ever on some corrupt files and loaders run many
+    processes; its frames keep what their packets carry as `opaque`."""
+    codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
+    return codec
+
+
 @contextmanager
 def open_video(path):
     """-> the decoder of a video's first stream, and its packets in file order. Packet k, and so the frame that it
     becomes, carries as `opaque` (k, is it a key frame), a tuple of its own, since PyAV takes equal ints for one object.
 
-    One thread: frame threading hangs for ever on some corrupt files, and loaders run many processes.
     VideoError, also for what goes wrong inside the `with`: the file, or the rest of it, is unreadable.
     """
     path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
@@ -137,9 +143,8 @@ def open_video(path):
             codec = container.streams.video[0].codec_context
             if codec is None:
                 raise VideoError(f"{path}: no decoder for the video stream")
-            codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
-            yield codec, (setattr(packet, "opaque", (k, packet.is_keyframe)) or packet
-                          for k, packet in enumerate(packets))
+            yield alone(codec), (setattr(packet, "opaque", (k, packet.is_keyframe)) or packet
+                                 for k, packet in enumerate(packets))
     except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -160,30 +165,38 @@ def read_frames(path):
                 raise VideoError(f"{os.path.abspath(path)}: no frame within {PATIENCE} seconds")
 
 
-def examine(path):
-    """One full sequential decode -> frames, height, width, problem ("" where nothing went wrong), packets.
-
-    packets: what read_needed goes by (`locate`); "" where the order of packets and frames, or a frame, is in doubt.
-    """
-    height, width, problem, packets, order, sound = 0, 0, "", "", [], True
+def survey(path):
+    """One full sequential decode -> (frames, height, width, problem: "" where nothing went wrong), and the packet of
+    each frame; [] where the order of packets and frames, or a frame, is in doubt."""
+    height, width, problem, order, sound = 0, 0, "", [], True
     try:
-        before = stamp(path)
         for frame in read_frames(path):
             height, width = frame.height, frame.width
             packet, key = frame.opaque or (-1, False)
             order.append(packet)
             # with H.264's intra refresh a "key frame" is a P-frame, and a decode from there is whole some frames later
             sound = sound and not (packet < 0 or frame.is_corrupt or key and frame.pict_type != PictureType.I)
-        if sound and len(set(order)) == len(order) > 0:
-            packets = locate(path, order, before)
-    except (VideoError, OSError) as error:
+    except VideoError as error:
         problem = reason(error, path)
-    return len(order), height, width, problem or ("" if order else "no frames"), packets
+    counted = len(order), height, width, problem or ("" if order else "no frames")
+    return counted, order if sound and not problem and len(set(order)) == len(order) else []
 
 
 def count_frames(path):
-    """-> frames, height, width, problem: what `examine` finds, without the packets."""
-    return examine(path)[:4]
+    """-> frames, height, width, problem."""
+    return survey(path)[0]
+
+
+def examine(path):
+    """-> frames, height, width, problem (`survey`), packets: what read_needed goes by (`locate`); "" where in doubt."""
+    counted, packets = (0, 0, 0, ""), ""
+    try:
+        before = stamp(path)
+        counted, order = survey(path)
+        packets = locate(path, order, before) if order else ""
+    except (VideoError, OSError) as error:
+        counted = *counted[:3], reason(error, path)
+    return *counted, packets
 
 
 def stamp(file):
@@ -201,7 +214,8 @@ def locate(path, order, before):
     """
     pieces, keys, end, waiting, packed = [], [], 0, [], None
     with open_video(path) as (codec, packets), open(path, "rb", buffering=0) as file:
-        head = dict(file=before, codec=codec.name, extra=(codec.extradata or b"").decode("latin-1"), setup={
+        mpeg4, extra = codec.name == "mpeg4", codec.extradata or b""
+        head = dict(file=before, codec=codec.name, extra=extra.decode("latin-1"), setup={
             name: getattr(codec, name) for name in ("codec_tag", "width", "height", "colorspace", "color_range")})
         for packet in packets:
             if not packet.size:                                                 # the last
@@ -212,9 +226,9 @@ def locate(path, order, before):
             if at is None or packet.opaque[0] != len(pieces):
                 return ""
             end, pictures = at + len(body), [body]
-            if codec.name == "mpeg4":
+            if mpeg4:
                 if packed is None:
-                    packed = bool(DIVX_PACKED.search((codec.extradata or b"") + body))
+                    packed = bool(DIVX_PACKED.search(extra + body))
                 if (second := body.find(VOP, body.find(VOP) + 4)) > 0:
                     pictures = [body[:second], body[second:]]
                 elif waiting and len(body) <= 19 and picture_type(body) == 1:   # empty pictures call themselves P
@@ -222,7 +236,7 @@ def locate(path, order, before):
                 elif waiting and body.startswith(b"\0\0\1\xb0"):               # here decoders drop what waits
                     return ""
             for picture in pictures:
-                waiting.append((at, len(picture), picture_type(picture) if codec.name == "mpeg4" else -1))
+                waiting.append((at, len(picture), picture_type(picture) if mpeg4 else -1))
                 at += len(picture)
             pieces.append(waiting.pop(0))
             keys.append(packet.opaque[1])
@@ -257,9 +271,8 @@ def reopen(packets):
     codec.extradata = known["extra"].encode("latin-1") or None
     for name, value in known["setup"].items():
         setattr(codec, name, value)
-    codec.thread_count, codec.thread_type, codec.copy_opaque = 1, "NONE", True
     offset = np.cumsum(gap + size) - size
-    return codec, known["file"], *(x.tolist() for x in (shown.cumsum(), start.cumsum(), offset, size, spare))
+    return alone(codec), known["file"], *(x.tolist() for x in (shown.cumsum(), start.cumsum(), offset, size, spare))
 
 
 def read_needed(path, wanted, packets):
@@ -819,14 +832,14 @@ class Videos(torch.utils.data.Dataset):
         self.files = np.array([os.fsencode(split.found.get(path, "")) for path in paths])
         self.shapes = np.array([entry[:3] for entry in entries])
         self.packets = torch.tensor(np.frombuffer("".join(entry[4] for entry in entries).encode(), np.uint8))
-        self.ends = np.cumsum([len(entry[4]) for entry in entries])             # of each one's packets
+        self.bounds = np.cumsum([0, *(len(entry[4]) for entry in entries)])     # of each one's packets
 
     def __len__(self):
         return len(self.files)
 
     def decode(self, v, frames, size, boxes=None):
         """`decode` of video v"""
-        packets = self.packets[self.ends[v - 1] if v else 0:self.ends[v]].numpy().tobytes()
+        packets = self.packets[self.bounds[v]:self.bounds[v + 1]].numpy().tobytes()
         return decode(os.fsdecode(self.files[v]), frames, size, boxes, packets)
 
 
