@@ -58,7 +58,7 @@ def shared_parser(doc, argv, judging=False):
     group.add_argument("--data", help="folder of the videos")
     group.add_argument("--annotations", help="folder of the official lists; None: looked for beside the videos")
     group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; judging several gives their mean "
-                       "(Sec. 4)", **(dict(nargs="+", default=[1]) if judging else dict(default=1)))
+                       "(Sec. 4; which: ours)", **(dict(nargs="+", default=[1]) if judging else dict(default=1)))
     group.add_argument("--index", help="file that remembers what the scan of the videos found; None: one in ~/.cache")
     group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
                        default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -73,9 +73,10 @@ def shared_parser(doc, argv, judging=False):
         group = parser.add_argument_group("judging")
         group.add_argument("--checkpoint", help="backbone.pt or checkpoint.pt of pretrain.py, a torchvision state dict "
                            "of --arch, or the word random; None: pretrain.py's for --dataset")
-        group.add_argument("--windows", type=int, default=10, help="clips a video, evenly spaced (Sec. 3.4)")
+        group.add_argument("--windows", type=int, default=10,
+                           help="clips a video, evenly spaced (Sec. 3.4; number: ours)")
         group.add_argument("--crops", choices=("centre", "ten"), default=judging,
-                           help="centre and its mirror image, or five crops and theirs (Sec. 3.4)")
+                           help="centre and its mirror image, or five crops and theirs (Sec. 3.4; which: ours)")
         group.add_argument("--step", type=int, default=4, help="source frames a step (Sec. 3.4; Table 4: 1 and 2)")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
@@ -95,8 +96,8 @@ def shared_parser(doc, argv, judging=False):
 def optimisation_flags(parser):
     """The flags that pre-training and fine-tuning share -> their group."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2)")
-    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2)")
+    group.add_argument("--epochs", type=int, help="passes over the videos (Sec. 4.1, 4.2; Diving48: ours)")
+    group.add_argument("--batch-size", type=int, help="videos over all processes (Sec. 4.1, 4.2; Diving48: ours)")
     group.add_argument("--lr", type=float, help="peak learning rate (Sec. 3.4)")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
     group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
@@ -436,6 +437,7 @@ class Progress:
 def views_of(windows, size, crops):
     """Test crops (Sec. 3.4): "centre" is the centre crop and its mirror image, "ten" five crops and theirs.
 
+    # paper silent: how many, and which.
     windows: uint8 (W, T, 3, h, w) -> uint8 (C * W, T, 3, size, size), C = 2 or 10.
     """
     if crops == "ten":

@@ -848,7 +848,8 @@ class Pairs(Videos):
 
     What is drawn is a function of (seed, epoch, group): workers and processes do not change it. equivariance (Table 1
     b-d): what the two videos of a group share; "temporal": pq; "spatial": the views (crop box and flip) of p and of q,
-    with one τ for both clips; "both". clips: 2, p and q; or 4, p and q once more under another σ (Fig. 5).
+    with one τ for both clips of a video, each video its own, and no labels of τ; "both"; # paper silent: colour is each
+    clip's own. clips: 2, p and q; or 4, p and q once more under another σ (Fig. 5).
     """
 
     def __init__(self, split, paths, index, T=16, size=128, speeds=(1, 2, 4, 8), seed=0, equivariance="temporal",
@@ -869,9 +870,11 @@ class Pairs(Videos):
         videos, failed = list(order[2 * group:2 * group + 2]), []
         rng = random.Random(repr((self.seed, epoch, group)))
         while len(failed) < 10:
-            pairs, labels = sample_pair([int(self.shapes[v, 0]) for v in videos], self.T, self.speeds, rng)
-            if self.equivariance == "spatial":
-                pairs = [(p, p) for p, _ in pairs]                              # Sec. 4.1: "consistent temporal ..."
+            lengths = [int(self.shapes[v, 0]) for v in videos]
+            if self.equivariance == "spatial":                                  # Sec. 4.1: "consistent temporal ..."
+                pairs, labels = [(tau, tau) for tau in (sample_tau(n, self.T, self.speeds, rng) for n in lengths)], {}
+            else:
+                pairs, labels = sample_pair(lengths, self.T, self.speeds, rng)
             if self.equivariance != "temporal":
                 labels["pq"] = epoch * len(self) + group                        # continuous views: no two groups' agree
             shared = [rng.getrandbits(63) for _ in range(self.clips)]

@@ -33,6 +33,7 @@ def loss_equi(psi: torch.Tensor, i: torch.Tensor, pq: torch.Tensor, keys: tuple 
     """Eq. 1: L_equi = -E log[ d(ψ_i^pq, ψ_j^pq) / (d(ψ_i^pq, ψ_j^pq) + Σ_{rs≠pq} d(ψ_i^pq, ψ_k^rs)) ].
 
     psi: (N, D) anchors ψ_i^pq;  i: (N,) video ids;  pq: (N,) ids, equal exactly where the relative transformations are.
+          Both over all processes: no two processes may give one id to different videos or transformations.
     keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None.
           Eq. 2 stops the gradient at the keys, so a gather without gradient is exact.
     -> scalar: for each anchor the mean over its positives j, each with its own denominator; then the mean over anchors.
@@ -60,7 +61,7 @@ def loss_inst(phi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, keys: tuple |
               lam: float = 0.1) -> torch.Tensor:
     """Eq. 3: L_inst = -E log[ d(φ_i^p, φ_i^q) / (d(φ_i^p, φ_i^q) + Σ_{j≠i} d(φ_i^p, φ_j^r)) ].
 
-    phi: (N, D) anchors φ_i^p;  i: (N,) video ids;  p: (N,) which of the video's clips it is.
+    phi: (N, D) anchors φ_i^p;  i: (N,) video ids, over all processes (Eq. 1);  p: (N,) which of the video's clips.
     keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None (see Eq. 1).
     -> scalar: for each anchor the mean over its positives q, each with its own denominator; then the mean over anchors.
     ValueError: shapes that do not fit, values that are not finite, an anchor without any positive; on a GPU, where to
@@ -85,29 +86,30 @@ def loss_inst(phi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, keys: tuple |
 
 def loss_distinct(chi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, s: torch.Tensor, keys: tuple | None = None,
                   lam: float = 0.1) -> torch.Tensor:
-    """Fig. 5, "distinctiveness", which takes the place of L_equi there (# paper silent: no equation; read as)
+    """Fig. 5, "distinctiveness", which takes the place of L_equi there. # paper silent: no equation; we read it as
 
     L = -E log[ d(χ_i^ps, χ_i^pt) / (d(χ_i^ps, χ_i^pt) + Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^ru)) ]:
     positives are two augmentations σ_s, σ_t of one clip τ_p(x_i), negatives other videos and other clips of the video.
 
-    chi: (N, D) anchors χ_i^ps;  i: (N,) video ids;  p: (N,) which τ of the video;  s: (N,) which σ of the clip.
+    chi: (N, D) anchors χ_i^ps;  i: (N,) video ids, over all processes;  p: (N,) which τ of the video;  s: (N,) which σ
+          of the clip.
     keys: the same four gathered over all processes; the anchors themselves if None (see Eq. 1).
     -> scalar: for each anchor the mean over its positives t, each with its own denominator; then the mean over anchors.
     ValueError: shapes that do not fit, values that are not finite, an anchor without any positive; on a GPU, where to
     look at values is to wait, the last two give a loss that is not finite.
     """
-    chi_j, j, r, t = (chi, i, p, s) if keys is None else keys
-    sim = d(chi, chi_j, lam)                                    # (N, M)  d(χ_i^ps, χ_j^rt)
-    if not (i.shape == p.shape == s.shape == chi.shape[:1] and j.shape == r.shape == t.shape == chi_j.shape[:1]):
+    chi_j, j, r, u = (chi, i, p, s) if keys is None else keys
+    sim = d(chi, chi_j, lam)                                    # (N, M)  d(χ_i^ps, χ_j^ru)
+    if not (i.shape == p.shape == s.shape == chi.shape[:1] and j.shape == r.shape == u.shape == chi_j.shape[:1]):
         raise ValueError(f"loss_distinct needs one i, one p and one s a row, but chi is {tuple(chi.shape)}, i "
                          f"{tuple(i.shape)}, p {tuple(p.shape)}, s {tuple(s.shape)}; keys: chi {tuple(chi_j.shape)}, i "
-                         f"{tuple(j.shape)}, p {tuple(r.shape)}, s {tuple(t.shape)}")
+                         f"{tuple(j.shape)}, p {tuple(r.shape)}, s {tuple(u.shape)}")
     same_ip = (i[:, None] == j) & (p[:, None] == r)             # (N, M)  (j, r) = (i, p)
-    same_s = s[:, None] == t                                    # (N, M)  t = s
+    same_s = s[:, None] == u                                    # (N, M)  u = s
     positive = same_ip & ~same_s                                # (N, M)  χ_i^pt, t ≠ s
     if len(chi) == 0 or chi.device.type == "cpu" and not positive.any(dim=1).all():
         raise ValueError("loss_distinct: an anchor has no positive, that is, the batch holds no other augmentation of "
                          "its clip (two σ of each τ(x) are needed)")
-    neg = (sim * ~same_ip).sum(dim=1, keepdim=True)             # (N, 1)  Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^rt)
+    neg = (sim * ~same_ip).sum(dim=1, keepdim=True)             # (N, 1)  Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^ru)
     term = torch.log(sim + neg) - torch.log(sim)                # (N, M)  -log[ d / (d + Σ) ]
     return ((term * positive).sum(dim=1) / positive.sum(dim=1)).mean()      # E over t, then over i, p, s

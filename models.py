@@ -38,7 +38,8 @@ def r3d18():
     Equals models/resnet.py of kenshohara/3D-ResNets-PyTorch for 16-frame clips: its stem, its default shortcuts
     (type B: 1x1x1 convolution and BatchNorm), its initialisation. The parameter names are torchvision's.
     """
-    # paper silent: which "3D-ResNet"; [28] is this one, most peers mean r3d18_tv by R3D-18
+    # paper silent: which "3D-ResNet"; it cites this one (the ResNet-18 that [28] released has shortcuts of type A,
+    # without weights), most peers mean r3d18_tv by R3D-18
     return pooled(VideoResNet(BasicBlock, [Conv3DSimple] * 4, [2, 2, 2, 2], hara_stem), dim=512)
 
 

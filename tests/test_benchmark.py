@@ -33,7 +33,7 @@ def test_a_rehearsal_writes_all_parts_and_a_verdict(toys, tmp_path, monkeypatch,
     benchmark.main(["--quick", "--videos", str(toys), "--shrunk", str(toys), "--out", str(tmp_path / "b.json")])
     result = json.loads((tmp_path / "b.json").read_text())
     assert {"machine", "verdict", "paper_hours", *(f"part_{n}" for n in range(1, 6))} <= result.keys()
-    assert set(result["part_1"]["ratios"]["originals"]) == {"naive", "floor", "shrunk"}
+    assert set(result["part_1"]["ratios"]["originals"]) == {"naive", "floor", "pictures", "shrunk"}
     assert set(result["part_2"]) == set(result["part_4"]) == {"originals", "shrunk"}
     assert result["verdict"] in capsys.readouterr().out
 
@@ -60,8 +60,9 @@ def test_a_route_that_is_off_by_one_is_told(video):
 
 
 def test_the_floor_decodes_the_frames_asked_for_and_fewer_packets_than_there_are(video):
-    floor, (frames, _) = benchmark.Floor(video), benchmark.drawn(video, 0)
-    assert floor(video, frames) == len(set(frames)) == floor(video, frames)     # again: it starts afresh
+    frames, boxes = benchmark.drawn(video, 0)
+    for floor in (benchmark.Floor(video), benchmark.Floor(video, pictures=True)):
+        assert floor(video, frames, boxes) == len(set(frames)) == floor(video, frames, boxes)  # again: afresh
     assert floor.start[0] == 0 and len(set(floor.start)) > 1
 
 
