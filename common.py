@@ -60,15 +60,16 @@ def shared_parser(doc, argv, judging=False):
     group.add_argument("--split", type=int, choices=(1, 2, 3), help="official split; judging several gives their mean "
                        "(Sec. 4; which: ours)", **(dict(nargs="+", default=[1]) if judging else dict(default=1)))
     group.add_argument("--index", help="file that remembers what the scan of the videos found; None: one in ~/.cache")
-    group.add_argument("--workers", type=int, help="loader processes for each process of torchrun",
-                       default=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    group.add_argument("--workers", type=int, help="loader processes for each process of torchrun", default=min(
+        16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     group = parser.add_argument_group("model")
     stored = "; None: as --checkpoint has it" if judging else ""
     group.add_argument("--arch", choices=BACKBONES, help=f"backbone F (Sec. 3.4){stored}")
     group.add_argument("--frames", type=int, metavar="T", help=f"frames a clip (Sec. 3.4, Table 2){stored}")
     group.add_argument("--size", type=int, metavar="PIXELS", help=f"height and width of a clip (Table 2){stored}")
-    group.add_argument("--amp", choices=("bf16", "fp16", "off"), help="mixed precision (paper silent)",
-                       default="bf16" if torch.cuda.is_available() else "off")
+    group.add_argument("--amp", choices=("bf16", "fp16", "off"), help="mixed precision (paper silent)", default=(
+        "off" if not torch.cuda.is_available() else
+        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"))
     if judging:
         group = parser.add_argument_group("judging")
         group.add_argument("--checkpoint", help="backbone.pt or checkpoint.pt of pretrain.py, a torchvision state dict "
@@ -102,6 +103,8 @@ def optimisation_flags(parser):
     group.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's (Sec. 3.4)")
     group.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up (paper silent)")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between lines of the log")
+    group.add_argument("--save-every", type=float, default=60, metavar="SECONDS", help="a checkpoint at the end of an "
+                       "epoch, so long after the one before; always at the last step and when stopped")
     return group
 
 
@@ -111,7 +114,7 @@ def checked(parser, argv):
     if args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
-                 accumulate=1, knn_every=0, seed=0, weight_decay=0)
+                 save_every=0, accumulate=1, knn_every=0, seed=0, weight_decay=0)
     for name, value in vars(args).items():
         most = dict(frames=1024, size=1024, seed=2 ** 63 - 1).get(name, sys.float_info.max)
         if name in least and value is not None and not least[name] <= value <= most:
@@ -255,6 +258,9 @@ def resume(out, args, world, **parts):
     if state is not None and not (isinstance(state, dict) and {"step", "args", "world", "rng", *parts} <= state.keys()):
         raise ValueError(f"{out / 'checkpoint.pt'} is not a checkpoint of this script: give another --out")
     step = state["step"] if state else 0
+    if len(steps := set(gather_objects(step))) > 1:
+        raise ValueError(f"the processes find checkpoints of different steps, {sorted(steps)}: --out {out} must be on "
+                         "storage that all machines share")
     if state:
         check_same_run(state, args, world)
         for name, part in parts.items():
@@ -279,7 +285,8 @@ def save(out, args, world, step, **parts):
 
 def check_same_run(state, args, world):
     """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
-    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "windows", "crops", "test"}
+    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "save_every", "windows", "crops",
+            "test"}
     world = state["world"] if vars(args).get("test") else world                 # finetune.py --test: nothing goes on
     was, now = ({name: value for name, value in run.items() if name not in free}
                 for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
@@ -318,21 +325,37 @@ def mean_over_processes(values):
     return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
 
 
+def work_of(device):
+    """-> what tells later whether a GPU has done all that it has been asked for so far; None on a CPU"""
+    return torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+
+
+def next_batch(batches, work):
+    """-> the next batch, and for how many seconds the network waited for it: none while the GPU, which is asked for a
+    step before it has done the last, still has `work`."""
+    asked = time.perf_counter()
+    batch = next(batches)
+    busy = work is not None and not work.query()
+    return batch, 0.0 if busy else time.perf_counter() - asked
+
+
 class Progress:
     """What a training loop tells: a progress bar, OUT/log.jsonl, videos replaced, a wish to stop (SIGTERM, SIGUSR1).
 
     Values stay on the device, which is not waited for until they are logged or a checkpoint follows.
     """
 
-    def __init__(self, out, files, step, steps, steps_an_epoch, clips, log_every, device, tensorboard=False):
+    def __init__(self, out, files, step, steps, steps_an_epoch, clips, args, device):
         self.out, self.file, self.files = out, out / "log.jsonl", files         # files: the videos, by number
         self.first, self.steps, self.steps_an_epoch = step, steps, steps_an_epoch
-        self.clips, self.log_every, self.device = clips, log_every, device     # clips: of a step, over all processes
+        self.clips, self.device = clips, device                                 # clips: of a step, over all processes
+        self.log_every, self.save_every = args.log_every, args.save_every
+        self.work, self.saved = None, time.perf_counter()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.rank > 0)
         self.begun, self.replaced, self.new, self.signals = time.perf_counter(), set(), {}, []
         self.board = None
-        if tensorboard and self.rank == 0:
+        if vars(args).get("tensorboard") and self.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter               # only here: the package is optional
             except ImportError:
@@ -352,10 +375,9 @@ class Progress:
             self.board.add_scalar(name, value, step)
 
     def wait_for(self, batches):
-        """The next batch, and how long the network waited for it."""
-        asked = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - asked
+        """The next batch; how long the network waited for it is added up."""
+        batch, seconds = next_batch(batches, self.work)
+        self.waited += seconds
         self.new.update(batch.pop("failed"))
         self.video, self.asked = batch["video"], torch.tensor(len(self.signals))    # on the CPU
         self.answer = dist.all_reduce(self.asked, async_op=True) if dist.is_initialized() else None
@@ -390,6 +412,7 @@ class Progress:
         processes stop at one step. ValueError, on all processes: a loss was not finite, which is looked at before a
         log line and before a checkpoint; more than MAX_BAD of the videos were replaced.
         """
+        self.work = work_of(self.device)
         self.bar.update()
         if step == self.steps:
             self.bar.close()
@@ -432,6 +455,18 @@ class Progress:
         self.restart()
         signals = [name for _, part, _ in news for name in part]
         return signals[0] if signals and step < self.steps else None
+
+    def saves(self, step, leave):
+        """Whether a checkpoint is due, which process 0 writes: all others would wait for one after each short epoch."""
+        now = time.perf_counter()
+        due = leave or step == self.steps or step % self.steps_an_epoch == 0 and now - self.saved >= self.save_every
+        self.saved = now if due else self.saved
+        return bool(due) and self.rank == 0
+
+    def leave(self, step, name):
+        """End by a signal, once process 0 has saved: torchrun soon kills the others when the first has left."""
+        gather_objects(None)
+        sys.exit(f"{name}: saved step {step} of {self.steps}; the same command goes on from there")
 
 
 def views_of(windows, size, crops):

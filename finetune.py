@@ -70,7 +70,7 @@ def train(network, split, index, args, out, rank, world, device):
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     model.train()
     batches = iter(step_loader(clips, args.batch_size, step, steps, args.workers, rank, world))
-    progress = Progress(out, clips.files, step, steps, steps_an_epoch, args.batch_size, args.log_every, device)
+    progress = Progress(out, clips.files, step, steps, steps_an_epoch, args.batch_size, args, device)
     while step < steps:
         batch = progress.wait_for(batches)
         label = batch["label"].to(device, non_blocking=True)                    # (B,)
@@ -87,10 +87,10 @@ def train(network, split, index, args, out, rank, world, device):
         accuracy = (logits.argmax(1) == label).float().mean()
         leave = progress.done(step, lr, loss=loss, train_acc=accuracy, **scaled)
 
-        if rank == 0 and (leave or step % steps_an_epoch == 0):
+        if progress.saves(step, leave):
             save(out, args, world, step, **parts)
         if leave:
-            sys.exit(f"{leave}: saved step {step} of {steps}; the same command goes on from there")
+            progress.leave(step, leave)
 
 
 def test(network, split, index, args, device):

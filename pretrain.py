@@ -217,8 +217,7 @@ def main(argv=None):
 
     # Train
     batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
-    progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args.log_every,
-                        device, args.tensorboard)
+    progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args, device)
     while step < steps:
         batch = progress.wait_for(batches)
         seeds = batch.pop("seed")                                               # (B, n), used on the CPU
@@ -234,7 +233,7 @@ def main(argv=None):
         step += 1
         leave = progress.done(step, lr, **values)
 
-        if rank == 0 and (leave or step % steps_an_epoch == 0):
+        if progress.saves(step, leave):
             save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
             save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
         if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
@@ -242,7 +241,7 @@ def main(argv=None):
             if rank == 0:
                 progress.log(step, knn=accuracy, knn_chance=chance)
         if leave:
-            sys.exit(f"{leave}: saved step {step} of {steps}; the same command goes on from there")
+            progress.leave(step, leave)
     if dist.is_initialized():
         dist.destroy_process_group()
 

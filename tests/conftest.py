@@ -21,6 +21,7 @@ SHARED = ROOT.parent / "shared"                                                 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"                                             # for the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                                         # tests compare bit for bit, on CPUs
 
 
 @pytest.fixture(autouse=True, scope="session")

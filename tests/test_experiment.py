@@ -20,7 +20,7 @@ from conftest import ROOT, SHARED
 TINY = dict(network="--arch r3d18_narrow --frames 2 --size 16", judge="--windows 1",
             pretrain="--batch-size 8 --epochs 2 --warmup-epochs 0 --log-every 1",
             finetune="--batch-size 4 --epochs 1 --windows 1 --crops centre")    # 2 steps of pre-training
-LONG = TINY | dict(pretrain="--batch-size 4 --epochs 10 --log-every 1", finetune="")    # 30 steps
+LONG = TINY | dict(pretrain="--batch-size 4 --epochs 10 --log-every 1 --save-every 0", finetune="")    # 30 steps
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def words(world, out, *more):
     return [str(word) for word in (
         "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out, "--arch",
         "r3d18_narrow", "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--lr",
-        1e-3, "--log-every", 1, "--workers", 0, *more)]
+        1e-3, "--log-every", 1, "--save-every", 0, "--workers", 0, *more)]
 
 
 def train(world, out, *more):
