@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +27,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import MAX_BAD, PATIENCE, VideoError, Windows, load_split, make_toy, normalise, scan, write_json
+from data import (MAX_BAD, PATIENCE, VideoError, Windows, ignore_signals, load_split, make_toy, normalise, scan,
+                  write_json)
 from models import BACKBONES, load_backbone
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
@@ -115,6 +117,8 @@ def checked(parser, argv):
         parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
                  save_every=0, accumulate=1, knn_every=0, seed=0, weight_decay=0)
+    if args.annotations and args.dataset in ("folder", "kinetics400"):
+        parser.error(f"--dataset {args.dataset} takes no --annotations: its labels are the class folders")
     for name, value in vars(args).items():
         most = dict(frames=1024, size=1024, seed=2 ** 63 - 1).get(name, sys.float_info.max)
         if name in least and value is not None and not least[name] <= value <= most:
@@ -292,8 +296,9 @@ def check_same_run(state, args, world):
                 for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
     changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
     if changed:
-        raise ValueError(f"{args.out} holds another run's checkpoint ({', '.join(changed)}; BatchNorm makes the number "
-                         f"of processes matter): give another --out, or the same arguments and processes")
+        why = "; BatchNorm makes the number of processes matter" * (was.get("processes") != now["processes"])
+        raise ValueError(f"--out {args.out} holds another run's checkpoint ({', '.join(changed)}{why}): give another "
+                         "--out, or the same arguments and processes")
 
 
 def keep_log_until(file, step):
@@ -340,7 +345,7 @@ def next_batch(batches, work):
 
 
 class Progress:
-    """What a training loop tells: a progress bar, OUT/log.jsonl, videos replaced, a wish to stop (SIGTERM, SIGUSR1).
+    """What a training loop tells: a progress bar, OUT/log.jsonl, videos replaced, a wish to stop (SIGTERM, Ctrl-C ...).
 
     Values stay on the device, which is not waited for until they are logged or a checkpoint follows.
     """
@@ -361,9 +366,14 @@ class Progress:
             except ImportError:
                 raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
             self.board = SummaryWriter(str(out))
-        for name in ("SIGTERM", "SIGUSR1"):
-            signal.signal(getattr(signal, name), lambda number, _: self.signals.append(signal.Signals(number).name))
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+            signal.signal(getattr(signal, name), self.note)
         self.restart()
+
+    def note(self, number, _):
+        """A wish to stop. A second Ctrl-C is not waited with."""
+        self.signals.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restart(self):
         self.kept, self.waited, self.since = [], 0.0, time.perf_counter()       # kept: (step, videos, values)
@@ -416,8 +426,9 @@ class Progress:
         self.bar.update()
         if step == self.steps:
             self.bar.close()
-            for name in ("SIGTERM", "SIGUSR1"):                                 # nothing is left to be saved
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
+            for name in (signal.SIGTERM, signal.SIGUSR1):                       # nothing is left to be saved
+                signal.signal(name, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.kept.append((step, self.video, {name: value.detach() for name, value in values.items()}))
         if self.answer:
             self.answer.wait()                                                  # asked before the step: it is there
@@ -492,7 +503,7 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = torch.utils.data.DataLoader(
         windows, batch_size=None, sampler=range(rank, len(windows), world), num_workers=workers,
-        pin_memory=device.type == "cuda", timeout=10 * PATIENCE if workers else 0)
+        pin_memory=device.type == "cuda", timeout=10 * PATIENCE if workers else 0, worker_init_fn=ignore_signals)
     outputs, failed = {}, {}
     for v, clips, problem in tqdm(loader, title, unit="video", disable=rank > 0):
         if problem:
@@ -523,11 +534,31 @@ def load_for_judging(args):
     torch.manual_seed(args.seed)                                                # of the random initialisation
     file = Path(args.checkpoint)
     content = file.read_bytes() if args.checkpoint != "random" and file.is_file() else None     # it may change later
+    if args.checkpoint != "random" and not file.exists():
+        raise ValueError(f"there is no file {file}: run pretrain.py first, or give --checkpoint")
     network = load_backbone(args.checkpoint, args.arch)
     network.sha256 = content and hashlib.sha256(content).hexdigest()
     clips = paper_defaults(args.dataset, network.arch) | network.args
     args.arch, args.frames, args.size = network.arch, args.frames or clips["frames"], args.size or clips["size"]
+    check_clips(args)
     return network
+
+
+def check_clips(args):
+    """models.s3dg halves T twice and a picture's sides five times. ValueError: nothing would be left."""
+    if args.arch == "s3dg" and (args.frames <= 4 or args.size <= 16):
+        raise ValueError(f"--arch s3dg needs --frames above 4 and --size above 16, but they are {args.frames} and "
+                         f"{args.size}")
+
+
+def check_writable(**files):
+    """Rather than fail after hours: can these files, {flag: path}, be written? ValueError says which cannot."""
+    for flag, file in files.items():
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(file).parent).close()
+        except OSError as error:
+            raise ValueError(f"cannot write {file} (--{flag}): {error.strerror}") from None
 
 
 def list_and_scan(args, number, part):
@@ -633,6 +664,8 @@ def run(main):
     except torch.OutOfMemoryError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full (a smaller --batch-size or --size, or "
                  f"more of --accumulate): {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
     except (ValueError, OSError, VideoError) as error:                          # of a loader's process: its last line
         sentence = re.sub(r"\ACaught .* in DataLoader worker .*^[\w.]+: ", "", str(error), flags=re.S | re.M).strip()
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")

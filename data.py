@@ -439,7 +439,8 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     """
     root = Path(data)
     if not root.is_dir():
-        raise ValueError(f"{dataset}: the video folder {root} does not exist (--data)")
+        what = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{dataset}: the video folder {root} {what} (--data)")
     if dataset in ("toy", "ucf101"):
         lists = find_lists(dataset, root, annotations, "ucfTrainTestlist", f"{part}list{split:02d}.txt")
         file = lists / "classInd.txt"
@@ -576,14 +577,16 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
         first = f"; the first missing: {', '.join(missing[:3])}" if missing else ""
         raise ValueError(f"{split.title}: {where}, found {len(split.found)}{first}")
     index = Path(index or default_index(split.root))
-    try:
-        known = {path: entry for path, entry in json.loads(index.read_text()).items() if len(entry) == 6}
-    except (OSError, ValueError, TypeError, AttributeError):                    # not there, or not what it was
-        known = {}
+    known = read_index(index)
     stamps = {path: stamp(file) for path, file in split.found.items()}
     todo = [path for path in split.found if known.get(path, [None])[0] != stamps[path]]
-    saved = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
+    if todo:
+        try:
+            write_json(index, known)                                            # rather than fail after hours
+        except OSError as error:
+            raise ValueError(f"cannot write {index}: {error.strerror}; give another --index") from None
+    saved, pool = time.monotonic(), ThreadPoolExecutor(workers)                 # decoding releases Python's lock
+    try:
         counts = pool.map(examine, [str(split.found[path]) for path in todo])
         for path, count in zip(todo, tqdm(counts, f"scan {split.title}", len(todo), unit="video",
                                           disable=not progress or not todo)):
@@ -591,9 +594,23 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
             if time.monotonic() - saved > 60:                                   # a killed scan goes on where it was
                 write_json(index, known)
                 saved = time.monotonic()
+    finally:
+        pool.shutdown(cancel_futures=True)                                      # interrupted: not the rest
     if todo:
         write_json(index, known)
     return {path: tuple(known[path][1:]) for path in split.found}
+
+
+def read_index(file):
+    """-> {path: entry}, what `scan` wrote; {} where nothing is, or a part of it. ValueError: it is another file."""
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = {} if text[:1] in ("", "{") else None
+    if not isinstance(known, dict) or not all(isinstance(entry, list) for entry in known.values()):
+        raise ValueError(f"{file} is no index of a scan, which would be written over it: give another --index")
+    return {path: entry for path, entry in known.items() if len(entry) == 6}
 
 
 def write_json(file, value, indent=None):
@@ -682,20 +699,27 @@ def toy_video(cls, rng, size=32):
 def make_toy(root):
     """The toy data set as files, made on first use, in the layout and list format of UCF101: 8 classes of 50 videos,
     288 for training and 112, of other groups, for testing. Written beside and renamed: it is whole or not there."""
-    root = Path(root)
-    if (root / "ucfTrainTestlist").is_dir():
-        return
-    beside, lists = root.with_name(f"{root.name}.{os.getpid()}"), defaultdict(list)
-    for n in tqdm(range(400), f"make {root}", unit="video"):
-        cls, group, clip = TOY_CLASSES[n % 8], n // 8 % 25 + 1, n // 200 + 1    # UCF101: test split 1 is groups 1 to 7
-        path = f"{cls}/v_{cls}_g{group:02d}_c{clip:02d}.avi"
-        write_video(beside / path, toy_video(cls, np.random.default_rng(n)))
-        lists["testlist01.txt" if group < 8 else "trainlist01.txt"].append(path)
+    root, lists = Path(root), defaultdict(list)
     lists["classInd.txt"] = [f"{k} {cls}" for k, cls in enumerate(TOY_CLASSES, 1)]
-    (beside / "ucfTrainTestlist").mkdir()
-    for name, lines in lists.items():
-        (beside / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
-    beside.replace(root)
+    if root.exists():
+        known = root / "ucfTrainTestlist" / "classInd.txt"
+        if not known.is_file() or known.read_text(errors="replace").splitlines() != lists["classInd.txt"]:
+            raise ValueError(f"{root} is there, but is not the toy set: say with --dataset which it is, or give that "
+                             "another --data")
+        return
+    beside = root.with_name(f"{root.name}.{os.getpid()}")
+    try:
+        for n in tqdm(range(400), f"make {root}", unit="video"):
+            cls, group, clip = TOY_CLASSES[n % 8], n // 8 % 25 + 1, n // 200 + 1    # UCF101's test split 1: groups 1-7
+            path = f"{cls}/v_{cls}_g{group:02d}_c{clip:02d}.avi"
+            write_video(beside / path, toy_video(cls, np.random.default_rng(n)))
+            lists["testlist01.txt" if group < 8 else "trainlist01.txt"].append(path)
+        (beside / "ucfTrainTestlist").mkdir()
+        for name, lines in lists.items():
+            (beside / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")
+        beside.replace(root)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)                               # where it was interrupted
 
 
 def write_video(file, frames, rate=25):
@@ -932,9 +956,9 @@ def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
 
 
 def ignore_signals(worker):
-    """Schedulers send SIGTERM and SIGUSR1 to every process; the training process alone decides what follows, and ends
-    its loaders' processes itself (common.run)."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
+    """Schedulers send SIGTERM and SIGUSR1 to every process, terminals SIGINT; the main process alone decides what
+    follows, and ends its loaders' processes itself (common.run)."""
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -1003,10 +1027,13 @@ class Windows(Videos):
 def preview(argv):
     """Figure 2 from a user's own videos: a group of two as the network gets them, what was drawn written beside."""
     from common import checked, list_and_scan, shared_parser                    # here, since common imports this module
-    parser, _ = shared_parser(f"{__doc__}\n{preview.__doc__}", argv)
+    parser, _ = shared_parser(preview.__doc__, argv)
+    parser.prog = "data.py preview"
     parser.set_defaults(out="figure2.png")
     parser.add_argument("--group", type=int, default=0, help="which group of two videos of the first epoch")
     args = checked(parser, argv)
+    if not args.out.lower().endswith((".png", ".jpg")):
+        parser.error(f"--out must end in .png or .jpg, but is {args.out}")
     split, index = list_and_scan(args, args.split, "train")
     paths, report = usable(split, index, args.frames)
     pairs = Pairs(split, paths, index, args.frames, args.size, seed=args.seed)
@@ -1064,7 +1091,8 @@ def shrink(argv):
     content. The same command goes on where it was stopped. DST/shrink.jsonl lists what could not be read, and why.
     """
     from common import Formatter, log_json                                      # here, since common imports this module
-    parser = argparse.ArgumentParser(description=shrink.__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser("data.py shrink", description=shrink.__doc__, formatter_class=Formatter,
+                                     allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", help="folder of the data set; nothing in it is changed")
     parser.add_argument("target", metavar="DST", help="folder of the copy, new or left by the same command")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="short side; never enlarged")
@@ -1078,6 +1106,9 @@ def shrink(argv):
     if args.size % 2:
         parser.error(f"--size must be even, since most videos' colours have half the resolution, but is {args.size}")
     source, target = Path(args.source).resolve(), Path(args.target).resolve()
+    for folder in (source, target):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: SRC and DST are folders")
     if not source.is_dir():
         raise ValueError(f"the folder {source} does not exist")
     if source == target or source in target.parents or target in source.parents:
@@ -1268,5 +1299,6 @@ if __name__ == "__main__":
     from common import run
     commands = dict(preview=data.preview, shrink=data.shrink)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(f"usage: python data.py {{{','.join(commands)}}} ... (--help after the command)")
+        sys.exit(f"usage: python data.py {{{','.join(commands)}}} ... (--help after the command says more)\n"
+                 "preview: draw a group of two videos as the network gets it; shrink: make a data set small")
     run(lambda: commands[sys.argv[1]](sys.argv[2:]))

@@ -19,9 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, average_crops, check_parts, checked, default_out, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, optimisation_flags, resume, run, save,
-                    share_buffers, shared_parser, step_scaled, told, warmup_cosine, write_result)
+from common import (AMP, Progress, average_crops, check_parts, check_writable, checked, default_out, in_words,
+                    init_distributed, judged, list_and_scan, load_for_judging, most_frequent, on_first,
+                    optimisation_flags, resume, run, save, share_buffers, shared_parser, step_scaled, told,
+                    warmup_cosine, write_result)
 from data import Clips, Windows, colour, step_loader, unreadable, usable
 from models import classifier
 
@@ -48,6 +49,9 @@ def train(network, split, index, args, out, rank, world, device):
     """Fine-tune on the training videos of a split, or go on doing so, to the weights of the last epoch."""
     paths, report = usable(split, index, T=1)                                   # short videos repeat their last frame
     clips = Clips(split, paths, index, args.frames, args.size, args.step, args.seed)
+    if args.batch_size < 2 * world and not args.test:
+        raise ValueError(f"--batch-size {args.batch_size} gives {world} process(es) fewer than two videos each, which "
+                         "BatchNorm needs")
     steps_an_epoch = len(clips) // args.batch_size
     if steps_an_epoch == 0:
         raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(clips)} usable videos")
@@ -56,6 +60,8 @@ def train(network, split, index, args, out, rank, world, device):
                                   fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    if rank == 0:
+        check_writable(out=out / "checkpoint.pt")
     parts = dict(model=network, optimizer=optimizer, schedule=schedule, scaler=scaler)
     step = resume(out, args, world, **parts)
     if args.test and step < steps:
@@ -110,7 +116,7 @@ def test(network, split, index, args, device):
 
 def random_result(args, name):
     """{"random": top-1} of the same command with --checkpoint random, if that was run with its own --out."""
-    free = {"data", "annotations", "index", "workers", "amp", "log_every", "test", "out", "checkpoint"}
+    free = {"data", "annotations", "index", "workers", "amp", "log_every", "save_every", "test", "out", "checkpoint"}
     file = default_out(argparse.Namespace(out=None), "random", args.arch) / f"{name}.json"
     if args.checkpoint == "random" or not file.is_file():
         return {}

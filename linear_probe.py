@@ -15,8 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common import (check_parts, checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging,
-                    most_frequent, on_first, random_beside, run, shared_parser, told, write_result)
+from common import (check_parts, check_writable, checked, default_out, extract, in_words, init_distributed, judged,
+                    list_and_scan, load_for_judging, most_frequent, on_first, random_beside, run, shared_parser, told,
+                    write_result)
 from data import sources
 
 
@@ -72,6 +73,8 @@ def main(argv=None):
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
+    if rank == 0:
+        check_writable(out=default_out(args, args.checkpoint, args.arch) / "linear_probe.json")
     splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
     for (train, _), (test, _) in splits:
         check_parts(train, test)

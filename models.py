@@ -212,7 +212,8 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
         return net.eval()
 
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"{path} is a folder: give a file in it, such as backbone.pt" if os.path.isdir(path) else
+                         f"there is no file {path}")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # torch.load raises whatever it met, from EOFError to UnpicklingError

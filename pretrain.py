@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, all_gather, average_crops, checked, init_distributed, list_and_scan, on_first,
-                    optimisation_flags, resume, run, save, save_checkpoint, share_buffers, shared_parser, step_scaled,
-                    warmup_cosine)
+from common import (AMP, Progress, all_gather, average_crops, check_clips, check_writable, checked, init_distributed,
+                    list_and_scan, on_first, optimisation_flags, resume, run, save, save_checkpoint, share_buffers,
+                    shared_parser, step_scaled, warmup_cosine)
 from data import Pairs, Windows, augmented, sources, step_loader, usable
 from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TERMS, TimeEquivariant
@@ -52,6 +52,7 @@ def parse_args(argv=None):
     if args.equivariance == "spatial" and set(args.losses) & {"speed", "direction", "order", "distinct"}:
         parser.error("--equivariance spatial gives both clips one temporal transformation, so it goes with "
                      "--losses inst equi only (Table 1 b)")
+    check_clips(args)
     return args
 
 
@@ -180,6 +181,8 @@ def main(argv=None):
     if args.batch_size % unit:
         raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
                          f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
+    if rank == 0:
+        check_writable(out=Path(args.out) / "checkpoint.pt")
     torch.manual_seed(args.seed)
 
     # Data

@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from common import (AMP, checked, extract, in_words, init_distributed, judged, list_and_scan, load_for_judging,
-                    on_first, random_beside, run, shared_parser, told, write_result)
+from common import (AMP, check_writable, checked, default_out, extract, in_words, init_distributed, judged,
+                    list_and_scan, load_for_judging, on_first, random_beside, run, shared_parser, told, write_result)
 from data import Pairs, VideoError, augmented, count_frames, decode, step_loader, unreadable, usable
 from models import with_psi
 
@@ -45,13 +45,16 @@ def parse_args(argv=None):
     group.add_argument("--psi", metavar="FILE.png", help="draw here what psi of checkpoint.pt tells apart (Sec. 3.1)")
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     folders = not PARTS & {known.gallery, known.query}
+    if not folders and not {known.gallery, known.query} <= PARTS and known.dataset == "toy":
+        parser.error("of --gallery and --query one is a folder, the other part of the toy set: give a folder for both "
+                     "(it may be the same), or --dataset")
     if folders:
         parser.set_defaults(data=known.gallery)
     args = checked(parser, argv)
     if min(args.k) < 1:
         parser.error(f"--k must be at least 1, but is {min(args.k)}")
     for name, suffixes in dict(features=(".npz",), picture=(".png", ".jpg"), psi=(".png", ".jpg")).items():
-        if vars(args)[name] and not vars(args)[name].endswith(suffixes):
+        if vars(args)[name] and not vars(args)[name].lower().endswith(suffixes):
             parser.error(f"--{name} must end in {' or '.join(suffixes)}, but is {vars(args)[name]}")
     args.k, args.dataset = sorted(set(args.k)), "folder" if folders else args.dataset
     return args
@@ -321,6 +324,9 @@ def main(argv=None):
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
+    if rank == 0:
+        check_writable(out=default_out(args, args.checkpoint, args.arch) / "retrieval.json",
+                       **{name: vars(args)[name] for name in ("features", "picture", "psi") if vars(args)[name]})
     models = {name: with_psi(net, args.checkpoint if net is network else None).to(device)
               for name, net in networks.items() if args.psi}
     splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
@@ -368,8 +374,6 @@ def main(argv=None):
     for k in mean.get("chance", ()):
         figures = in_words({name: mean[name][k] for name in networks}, mean["chance"][k])
         print(f"  {k}{' = 1-NN accuracy' if k == 'R@1' else ''}: {figures}")
-    for name in filter(None, (args.features, args.picture, args.psi)):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
     if args.features:
         save_features(args.features, gallery, query, nearest, cosines)
     if args.picture:

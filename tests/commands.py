@@ -2,8 +2,9 @@
 
 Data: a few real videos of ../shared in the layout and lists of each data set (Diving48's names stand for videos of
 Kinetics: none of its own are at hand). Networks, frames, pixels and terms are the command's; --epochs, --batch-size and
---windows are made small, torchrun and its processes are left out. Takes about ten minutes on two cores.
+--windows are made small, torchrun and its processes are left out. Takes more than an hour on two cores.
 """
+import argparse
 import json
 import os
 import re
@@ -58,13 +59,14 @@ def lay_out(root):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not VIDEOS.is_dir():
         sys.exit(f"{VIDEOS} is not there")
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     failed, begun = [], time.monotonic()
-    todo = dict.fromkeys((script, " ".join(argv)) for script, argv in commands() if argv)
+    todo = dict.fromkeys((script, " ".join(argv)) for script, argv, _ in commands() if argv)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         lay_out(Path(folder))
         for script, words in sorted(todo, key=lambda command: command[0] != "pretrain.py"):    # checkpoints come first
             words = re.sub(r"--(data|index|out) /(data|shared)/", r"--\1 ", words)

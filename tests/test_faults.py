@@ -6,6 +6,7 @@ equal weights on a CPU. A run that dies is a process of its own where the kernel
 import ast
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -16,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,7 +116,7 @@ def at_step(monkeypatch):
 @pytest.fixture(autouse=True)
 def signals():
     """What a run in this process does to the signals' handlers is undone."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -145,7 +148,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one_with_other_
     assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in lines(whole)]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_makes_a_checkpoint_at_once_and_the_resumed_run_is_bit_for_bit(world, whole, tmp_path, at_step, name,
                                                                                monkeypatch):
     at_step(4, lambda: os.kill(os.getpid(), getattr(signal, name)))             # mid-epoch, and no line would be due
@@ -218,6 +221,41 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_it_is_taken(w
         assert common.load_checkpoint(out / "checkpoint.pt")["step"] == 6
         said = capsys.readouterr().err
     assert re.search(r"checkpoint.pt is damaged \(\w+\) and passed over", said)
+
+
+def test_a_checkpoint_is_written_at_the_end_of_an_epoch_but_not_more_often_than_asked(world, tmp_path, at_step):
+    at_step(8, lambda: (tmp_path / "seen").write_text(str((tmp_path / "checkpoint.pt").exists())))
+    assert train(world, tmp_path, "--save-every", 600)["step"] == STEPS         # after 3 and 6 steps none was due
+    assert (tmp_path / "seen").read_text() == "False" and not (tmp_path / "checkpoint.previous.pt").exists()
+
+
+def test_time_does_not_count_as_waiting_while_the_gpu_has_work():
+    def work(done):
+        return SimpleNamespace(query=lambda: done)                              # as a torch.cuda.Event
+    slow = (time.sleep(0.05) or n for n in itertools.count())
+    told = [common.next_batch(slow, what) for what in (None, work(True), work(False))]
+    assert [batch for batch, _ in told] == [0, 1, 2] and all(seconds > 0.04 for _, seconds in told[:2])
+    assert told[2][1] == 0
+
+
+def test_ctrl_c_outside_training_ends_in_one_sentence_and_leaves_no_scan_behind(world, tmp_path, monkeypatch):
+    def examine(path):
+        seen.append(path)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.02)
+        return real(path)
+    seen, real = [], data.examine
+    monkeypatch.setattr(data, "examine", examine)
+    said = fails(pretrain.main, words(world, tmp_path / "out", "--index", tmp_path / "index.json"))
+    assert said == "SCRIPT: interrupted" and len(seen) < 24
+
+
+def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "write_video", lambda file, frames: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        data.make_toy(tmp_path / "toy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_with_a_cut_or_foreign_line_does_not_stop_a_run_from_going_on(tmp_path):
@@ -306,6 +344,22 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_with_a_checkpoi
     assert together(2, train_and_get_a_signal, argv) == [1, 1]
     assert stored(tmp_path)["step"] == 5                                        # known to both at the next step
     assert together(2, train_on, argv) == [0, 0] and stored(tmp_path)["step"] == STEPS
+
+
+def train_in_folders(rank, argv, folder):
+    """Machines without storage of their own for all: each process finds its own --out."""
+    try:
+        pretrain.main([*argv, "--out", str(folder / str(rank))])
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_machines_that_find_different_checkpoints_are_told_so(world, tmp_path):
+    train(world, tmp_path / "0", "--epochs", 1)
+    assert together(2, train_in_folders, words(world, tmp_path), tmp_path) == [0, 0]
+    for rank in range(2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert re.search(r"find checkpoints of different steps, \[0, 3\]: --out .*/\d must be on storage", said)
 
 
 def test_the_knn_check_of_two_processes_is_that_of_one_with_the_weights_and_statistics_saved(world, tmp_path):
@@ -726,16 +780,28 @@ WRONG = [                                                                       
     ("retrieval", lambda here: ["--size", 10 ** 9], "--size must be at most 1024, but is 1000000000"),
     ("pretrain", lambda here: ["--batch-size", 7], "--batch-size 7 does not split .*a multiple of 2"),
     ("pretrain", lambda here: ["--batch-size", 26], "--batch-size 26 is larger than the 24 usable videos"),
+    ("pretrain", lambda here: ["--arch", "s3dg"], "--arch s3dg needs --frames above 4 and --size above 16, but they"),
+    ("retrieval", lambda here: ["--checkpoint", "random", "--arch", "s3dg"], "--arch s3dg needs --frames above 4"),
+    ("finetune", lambda here: ["--batch-size", 1], "--batch-size 1 gives 1 process.* fewer than two videos each"),
     ("finetune", lambda here: ["--batch-size", 25], "--batch-size 25 is larger than the 24 usable videos"),
     ("pretrain", lambda here: unlabelled(here, 3), "2 shorter than 4 frames: a.avi, b.avi; too few to train on"),
     # paths
     ("pretrain", lambda here: ["--data", here / "none"], "the video folder .*none does not exist"),
-    ("pretrain", lambda here: ["--data", write(here / "a.avi", "")], "the video folder .*a.avi does not exist"),
+    ("pretrain", lambda here: ["--data", write(here / "a.avi", "")], "the video folder .*a.avi is a file"),
+    ("pretrain", lambda here: ["--dataset", "toy", "--data", empty(here)], "empty is there, but is not the toy set"),
+    ("pretrain", lambda here: [*unlabelled(here), "--annotations", here], "folder takes no --annotations"),
+    ("pretrain", lambda here: ["--index", write(here / "list.txt", "a 1")], "list.txt is no index of a scan"),
+    ("pretrain", lambda here: ["--index", write(here / "V2.json", '[{"vid_name": "a"}]')], "V2.json is no index of"),
     ("pretrain", lambda here: ["--dataset", "folder", "--data", empty(here)], "looked for videos in .*empty, found 0"),
-    ("pretrain", lambda here: ["--out", write(here / "taken", "")], r"File exists: .*taken"),
-    ("pretrain", lambda here: ["--index", here], r"Is a directory"),
+    ("pretrain", lambda here: ["--out", write(here / "taken", "")], r"cannot write .*taken/.* \(--out\): File exists"),
+    ("linear_probe", lambda here: ["--out", write(here / "taken", "")], r"cannot write .*taken.* \(--out\): File ex"),
+    ("finetune", lambda here: ["--out", write(here / "taken", "")], r"cannot write .*taken.* \(--out\): Not a dir"),
+    ("retrieval", lambda here: ["--features", write(here / "a", "").parent / "a/b.npz"], r"b.npz \(--features\): F"),
+    ("pretrain", lambda here: ["--index", here], r"cannot write .*: Is a directory; give another --index"),
     ("retrieval", lambda here: ["--gallery", here / "none"], "there is no folder .*none; a gallery or query is"),
     ("retrieval", lambda here: ["--query", here], "looked for videos in .*, found 0"),
+    ("retrieval", lambda here: ["--query", here, "--dataset", "toy"], "one is a folder, the other part of the toy set"),
+    ("preview", lambda here: ["--out", here / "figure"], "--out must end in .png or .jpg, but is"),
     ("preview", lambda here: ["--out", write(here / "a", "") / "b.png"], "File exists|Not a directory"),
     # lists
     ("pretrain", lambda here: ["--annotations", here / "none"],
@@ -763,7 +829,7 @@ WRONG = [                                                                       
     ("linear_probe", lambda here: unlabelled(here), "has no labels to learn"),
     # checkpoints
     ("finetune", lambda here: ["--checkpoint", here / "none.pt"], "there is no file .*none.pt"),
-    ("retrieval", lambda here: ["--checkpoint", here], "there is no file"),
+    ("retrieval", lambda here: ["--checkpoint", here], "is a folder: give a file in it, such as backbone.pt"),
     ("retrieval", lambda here: ["--checkpoint", write(here / "a.pt", "text")], "a.pt is not a file of tensors"),
     ("retrieval", lambda here: ["--arch", "s3dg"], "backbone.pt holds r3d18_narrow, but arch is s3dg"),
     ("retrieval", lambda here: ["--checkpoint", tensors(here / "a.pt", {3: torch.ones(1)})], "a.pt holds no state"),

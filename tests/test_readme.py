@@ -1,6 +1,7 @@
 """README is true: its snippet runs, its commands parse, and a stranger's path from clone to results works."""
 import itertools
 import json
+import math
 import re
 import shlex
 
@@ -20,25 +21,30 @@ SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, linear_probe
 
 
 def commands():
-    """The commands of README for our scripts, with $P, $U ... written out: (script, its arguments)."""
+    """The commands of README for our scripts, with $P, $U ... written out: (script, its arguments, processes)."""
     found = []
     texts = re.findall(r"`([^`\n]+)`", README) + re.findall(r"^(?:python|torchrun|srun) .*$", README, re.M)
     for text, S, A in itertools.product(texts, LISTS["S"], LISTS["A"]):
         names = dict(SHORT, S=S, A=A)
         text = re.sub(r"\$(\w+)", lambda name: names.get(name[1], name[0]), text.split("#")[0])
-        for script, rest in re.findall(r"(?:python|torchrun [^&]*?) (\w+\.py)([^&|]*)", text):
-            if script in SCRIPTS and (script, shlex.split(rest)) not in found:
-                found.append((script, shlex.split(rest)))
+        for flags, script, rest in re.findall(r"(?:python|torchrun([^&]*?)) (\w+\.py)([^&|]*)", text):
+            processes = [int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", flags)]
+            command = script, shlex.split(rest), math.prod(processes)
+            if script in SCRIPTS and command not in found:
+                found.append(command)
     return found
 
 
 def test_readme_names_a_command_for_each_stage():
-    assert {script for script, _ in commands()} == set(SCRIPTS)
+    assert {script for script, *_ in commands()} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script, argv", commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
-def test_each_command_of_readme_parses(script, argv):
-    SCRIPTS[script].parse_args(argv)
+@pytest.mark.parametrize("script, argv, processes", commands(),
+                         ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else str(x))
+def test_each_command_of_readme_parses_and_its_batch_splits_over_its_processes(script, argv, processes):
+    args = SCRIPTS[script].parse_args(argv)
+    if script in ("pretrain.py", "finetune.py"):
+        assert args.batch_size % (2 * processes * vars(args).get("accumulate", 1)) == 0
 
 
 def test_each_table_of_the_paper_has_its_cells():
