@@ -117,8 +117,6 @@ def checked(parser, argv):
         parser.error(f"--dataset {args.dataset} needs --data, the folder of its videos")
     least = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
                  save_every=0, accumulate=1, knn_every=0, seed=0, weight_decay=0)
-    if args.annotations and args.dataset in ("folder", "kinetics400"):
-        parser.error(f"--dataset {args.dataset} takes no --annotations: its labels are the class folders")
     for name, value in vars(args).items():
         most = dict(frames=1024, size=1024, seed=2 ** 63 - 1).get(name, sys.float_info.max)
         if name in least and value is not None and not least[name] <= value <= most:
