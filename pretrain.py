@@ -30,16 +30,17 @@ def parse_args(argv=None):
     group.add_argument("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
                        help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
     group.add_argument("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
-                       help="what the two videos of a group share (Table 1 b-d)")
+                       help="what the two videos of a group share, and so what psi has to tell: shift, speeds and "
+                       "directions; crop and flip; both (Table 1 b-d)")
     group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
-                       help="playback speeds, in source frames a step (Sec. 3.2)")
+                       help="playback speeds: source frames from one frame of a clip to the next (Sec. 3.2)")
     group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
     group = optimisation_flags(parser)
     group.add_argument("--accumulate", type=int, default=1, metavar="N",
                        help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well, if that package is there")
+    group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well (pip install tensorboard)")
     group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
                        help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
     parser.set_defaults(**defaults)

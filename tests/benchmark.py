@@ -662,7 +662,8 @@ def part_1(split, index, paths, shrunk, s, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4, 5], metavar="N")
+    parser.add_argument("--parts", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4, 5], metavar="N",
+                        help="which of the five to run (default: all)")
     parser.add_argument("--videos", nargs="+", help="files and folders (default: those in ../shared, or the toy set)")
     parser.add_argument("--shrunk", help="folder of the same videos after `python data.py shrink`")
     parser.add_argument("--pairs", type=int, help="clip pairs read of each file in part 1 (default: 15)")

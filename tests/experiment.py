@@ -273,13 +273,13 @@ def parse_args():
     parser.add_argument("--out", default="runs/experiment", help="folder of all that is written")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {' '.join(ROWS)} (Table 1; distinct: Fig. 5)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of each row")
     parser.add_argument("--jobs", type=int, help="runs at a time; None: 4, with --small 2")
     parser.add_argument("--workers", type=int, help="loader processes of a run; None: the cores shared out, with "
                         "--small 0")
     parser.add_argument("--small", action="store_true", help="the version for a CPU")
     for name in GPU:
-        parser.add_argument(f"--{name}", metavar="FLAGS", help="in place of those that all rows have; None: "
+        parser.add_argument(f"--{name}", metavar="FLAGS", help=f"of {name} for all rows; None: "
                             f"{GPU[name]!r}, with --small {SMALL[name]!r}")
     args = parser.parse_args()
     args.jobs = args.jobs or (2 if args.small else 4)

@@ -15,7 +15,7 @@ import retrieval
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text().replace("\\\n", " ")                  # a command's lines joined
-SHORT = dict(re.findall(r'^(\w+)="([^"]*)"', README, re.M))                      # what README writes as $P, $U ...
+SHORT = dict(re.findall(r'(?:^| )(\w)="([^"]*)"', README, re.M))                     # what README writes as $P, $U ...
 LISTS = dict(S=[SHORT["U"], SHORT["H"]], A=["r3d18", "r2plus1d18", "s3dg"])     # what $S and $A stand for, in turn
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, linear_probe, retrieval, finetune)}
 
