@@ -337,8 +337,8 @@ def work_of(device):
 
 
 def next_batch(batches, work):
-    """-> the next batch, and for how many seconds the network waited for it: none while the GPU, which is asked for a
-    step before it has done the last, still has `work`."""
+    """-> the next batch, and for how many seconds the network waited for it: none if the GPU, which is asked for steps
+    in advance, still has `work` when it comes."""
     asked = time.perf_counter()
     batch = next(batches)
     busy = work is not None and not work.query()
@@ -372,9 +372,10 @@ class Progress:
         self.restart()
 
     def note(self, number, _):
-        """A wish to stop. A second Ctrl-C is not waited with."""
+        """A wish to stop. A second Ctrl-C ends the process at once, but for torchrun, which passes the first on."""
         self.signals.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not dist.is_initialized():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restart(self):
         self.kept, self.waited, self.since = [], 0.0, time.perf_counter()       # kept: (step, videos, values)
@@ -469,7 +470,8 @@ class Progress:
         return signals[0] if signals and step < self.steps else None
 
     def saves(self, step, leave):
-        """Whether a checkpoint is due, which process 0 writes: all others would wait for one after each short epoch."""
+        """Whether this process writes a checkpoint now: process 0 alone, and the others wait; so not after each of
+        UCF101's epochs of 49 steps."""
         now = time.perf_counter()
         due = leave or step == self.steps or step % self.steps_an_epoch == 0 and now - self.saved >= self.save_every
         self.saved = now if due else self.saved

@@ -334,14 +334,15 @@ def train_on(rank, argv):
     pretrain.main(argv)
 
 
-def train_and_get_a_signal(rank, argv):
-    on_step(setattr, 4, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGUSR1))
+def train_and_get_a_signal(rank, argv, number):
+    on_step(setattr, 4, lambda: rank == 1 and [os.kill(os.getpid(), number) for _ in "twice"])   # torchrun passes it on
     pretrain.main(argv)
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_with_a_checkpoint(world, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_with_a_checkpoint(world, tmp_path, number):
     argv = words(world, tmp_path, "--log-every", 1000)
-    assert together(2, train_and_get_a_signal, argv) == [1, 1]
+    assert together(2, train_and_get_a_signal, argv, number) == [1, 1]
     assert stored(tmp_path)["step"] == 5                                        # known to both at the next step
     assert together(2, train_on, argv) == [0, 0] and stored(tmp_path)["step"] == STEPS
 
