@@ -129,7 +129,7 @@ def alone(codec):
 @contextmanager
 def open_video(path):
     """-> the decoder of a video's first stream, and its packets in file order. Packet k, and so the frame that it
-    becomes, carries as `opaque` (k, is it a key frame), a tuple of its own, since PyAV takes equal ints for one object.
+    becomes, carries the tuple (k, is it a key frame) as `opaque`: a new tuple, since PyAV mixes up equal ints.
 
     VideoError, also for what goes wrong inside the `with`: the file, or the rest of it, is unreadable.
     """
@@ -209,8 +209,8 @@ def locate(path, order, before):
     """-> what read_needed goes by, as text (`reopen` reads it): the decoder's set-up and five numbers of each packet;
     "" where a packet is not one piece of the file. order: the packet of each frame; before: the file's stamp.
 
-    DivX puts two pictures into a packet, and an empty one into a packet after it: a decoder keeps the second until the
-    next packet comes, whose own, unless empty, then has to wait. Here each picture has a packet.
+    DivX puts two pictures into a packet, and an empty one into a packet after it: a decoder decodes the second when the
+    next packet comes; if that has a picture, too, this one waits in turn. Here each picture has a packet of its own.
     """
     pieces, keys, end, waiting, packed = [], [], 0, [], None
     with open_video(path) as (codec, packets), open(path, "rb", buffering=0) as file:
@@ -279,7 +279,8 @@ def read_needed(path, wanted, packets):
     """(n, av.VideoFrame) for the frames `wanted`, decoding little else: exactly read_frames' n-th, or left out.
 
     A decoder without a container gets its packets straight from the file: of each group of pictures with a wanted frame
-    all up to the last of these that are of use; what it finds of none itself it passes over (skip_frame). Without the
+    those up to the last wanted one, but for MPEG-4's pictures that no other refers to; such pictures of other codecs
+    the decoder passes over itself (skip_frame). Without the
     container `decode` takes 0.85 of the time, on shrunk copies 0.75.
     """
     codec, scanned, shown, start, offset, size, spare = reopen(packets)
@@ -932,9 +933,9 @@ class Pairs(Videos):
 
 
 def collate(items):
-    """The rows of all items -> one batch. A loader's process writes the clips but once, into memory that it shares. The
-    three values of a pixel stay side by side, as decoded, until they are on the network's device: to sort them here
-    would take 3 ms a pair."""
+    """The rows of all items -> one batch. A loader's process writes the clips only once, into memory that it shares.
+    The three values of a pixel stay side by side, as decoded, until they are on the network's device: to sort them
+    here would take 3 ms a pair."""
     batch = {name: torch.cat([item[name] for item in items]) for name in items[0] if name not in ("clips", "failed")}
     clips = torch.utils.data.default_collate([clip.movedim(1, 3) for item in items for clip in item["clips"]])
     clips = clips.movedim(4, 2).unflatten(0, batch["seed"].shape)               # (B, n, T, 3, H, W) or (B, T, 3, H, W)
@@ -1215,7 +1216,7 @@ def listed_before(target, settings):
 
 
 def end_with_parent():
-    """In a process of the pool: the parent alone decides on signals, and takes it along even where it is killed."""
+    """In a process of the pool: the parent alone decides on signals, and where it is killed, this process ends too."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                  # PR_SET_PDEATHSIG
@@ -1251,9 +1252,10 @@ def shrink_one(source, beside, mtime, settings):
 def shrunk(path, size, quality, intra):
     """Encode a video's frames small -> an MP4 file's bytes, frames, height, width, problem (as count_frames has it).
 
-    A key frame every 33, between two frames that others refer to 7 that none does: a reader that asks for few frames
-    need not decode the rest. Time stamps are kept from 0 on, sorted; where some are missing or repeated, the frames are
-    evenly spaced. Colours become BT.601's of limited range, what every reader takes a file without tags for.
+    Every 33rd frame is a key frame, and between two frames that others refer to lie 7 that none does, so a reader that
+    asks for few frames need not decode the rest. Time stamps are kept from 0 on, sorted; where some are missing or
+    repeated, the frames are evenly spaced. Colours become BT.601's of limited range, what every reader takes a file
+    without tags for.
     """
     options = dict(qmin=str(quality), qmax=str(quality), g="1", bf="0") if intra else dict(
         qmin=str(quality), qmax=str(quality), g="33", bf="7", flags="+cgop", sc_threshold="1000000000")
