@@ -280,8 +280,8 @@ def read_needed(path, wanted, packets):
 
     A decoder without a container gets its packets straight from the file: of each group of pictures with a wanted frame
     those up to the last wanted one, but for MPEG-4's pictures that no other refers to; such pictures of other codecs
-    the decoder passes over itself (skip_frame). Without the
-    container `decode` takes 0.85 of the time, on shrunk copies 0.75.
+    the decoder passes over itself (skip_frame). Without the container `decode` takes 0.85 of the time, on shrunk
+    copies 0.75.
     """
     codec, scanned, shown, start, offset, size, spare = reopen(packets)
     if stamp(path) != scanned:
