@@ -561,7 +561,8 @@ def judging(split, index, paths, s, device):
         extraction=[], retrieval=[])
     for videos in (1, *s.extracted):                                            # 1: to warm up
         some = split.__class__(**vars(split) | dict(paths=(paths * videos)[:videos]))
-        windows, _ = Windows(some, index, s.frames, s.size, windows=s.windows), held(device)    # the peak anew
+        windows = Windows(some, index, s.frames, s.size, windows=s.windows)
+        held(device)                                                            # the peak anew
         spent = seconds(lambda: average_crops(network, windows, s.size, "centre", device, s.amp, s.workers[-1],
                                               title="extraction"), device)
         if videos == 1:
