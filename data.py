@@ -568,9 +568,9 @@ def default_index(root):
 def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> dict:
     """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
 
-    An entry holds for one file size and modification time; a lost or damaged index is only made anew.
+    An entry holds for one file size and modification time; a lost index, or half of one, is only made anew.
     -> {path: (frames, height, width, problem, packets)} for the files found, as `examine` finds them.
-    ValueError: too many files are missing (MAX_BAD), or all.
+    ValueError: too many files are missing (MAX_BAD), or all; `index` is another file, or cannot be written.
     """
     total, missing = len(split.paths), split.missing
     if not split.found or len(missing) > MAX_BAD * total:
@@ -608,7 +608,7 @@ def read_index(file):
     try:
         known = json.loads(text)
     except ValueError:
-        known = {} if text[:1] in ("", "{") else None
+        known = {} if text.strip("\0")[:1] in ("", "{") else None               # a machine that lost power leaves \0
     if not isinstance(known, dict) or not all(isinstance(entry, list) for entry in known.values()):
         raise ValueError(f"{file} is no index of a scan, which would be written over it: give another --index")
     return {path: entry for path, entry in known.items() if len(entry) == 6}

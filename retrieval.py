@@ -324,11 +324,11 @@ def main(argv=None):
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
+    models = {name: with_psi(net, args.checkpoint if net is network else None).to(device)
+              for name, net in networks.items() if args.psi}
     if rank == 0:
         check_writable(out=default_out(args, args.checkpoint, args.arch) / "retrieval.json",
                        **{name: vars(args)[name] for name in ("features", "picture", "psi") if vars(args)[name]})
-    models = {name: with_psi(net, args.checkpoint if net is network else None).to(device)
-              for name, net in networks.items() if args.psi}
     splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
               for number in args.split]
     for (gallery, index), _ in splits:

@@ -340,8 +340,17 @@ def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
     assert scan(split, index)["walk/01.avi"][:4] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"\xff\x00", b'{"run/00.avi": [1', b"[]", b"null", b"7",
-                                    b'{"run/00.avi": null, "run/02.avi": 7}', b'{"run/00.avi": [1, 2]}',
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[]", b"null", b"7", b"Spin/a.avi 1", b'[{"vid_name": "a"}]',
+                                     b'{"run/00.avi": null, "run/02.avi": 7}'])
+def test_a_file_that_is_no_index_is_not_written_over(videos, tmp_path, content):
+    index = tmp_path / "index.json"
+    index.write_bytes(content)
+    with pytest.raises(ValueError, match="index.json is no index of a scan.*: give another --index"):
+        scan(load_split("folder", videos), index)
+    assert index.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\0\0\0", b'{"run/00.avi": [1', b'{"run/00.avi": [1, 2]}',
                                     b'{"run/00.avi": [1, 2, 20, 24, 32, "", ""]}'])
 def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage):
     split, index = load_split("folder", videos), tmp_path / "index.json"

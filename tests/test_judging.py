@@ -692,7 +692,7 @@ def test_a_checkpoint_that_does_not_fit_ends_in_one_sentence(tiny, checkpoint, t
     del stored["backbone"]["layer3.1.conv1.0.weight"]
     torch.save(stored, part)
     for path, more, sentence in (
-            (tmp_path / "none.pt", (), "there is no file"), (tmp_path, (), "there is no file"),
+            (tmp_path / "none.pt", (), "there is no file"), (tmp_path, (), "is a folder: give a file in it"),
             (text, (), "is not a file of tensors"), (part, (), "1 missing (layer3.1.conv1.0.weight)"),
             (checkpoint, ("--arch", "r3d18"), "holds r3d18_narrow, but arch is r3d18")):
         assert sentence in fails(script.main, words(tiny, path, tmp_path / "out", *more))

@@ -400,8 +400,8 @@ def test_unknown_arch_of_a_file_is_refused_with_the_choices(tmp_path, model, sto
 
 
 def test_no_such_file_is_said(tmp_path):
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(ValueError, match=f"^there is no file {path}$"):
+    for path, said in ((tmp_path / "none.pt", "^there is no file {}$"), (tmp_path, "^{} is a folder: give a file in")):
+        with pytest.raises(ValueError, match=said.format(path)):
             load_backbone(path, "r3d18_narrow")
 
 
