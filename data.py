@@ -586,8 +586,8 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
             write_json(index, known)                                            # rather than fail after hours
         except OSError as error:
             raise ValueError(f"cannot write {index}: {error.strerror}; give another --index") from None
-    saved, pool = time.monotonic(), ThreadPoolExecutor(workers)                 # decoding releases Python's lock
-    try:
+    saved = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
         counts = pool.map(examine, [str(split.found[path]) for path in todo])
         for path, count in zip(todo, tqdm(counts, f"scan {split.title}", len(todo), unit="video",
                                           disable=not progress or not todo)):
@@ -595,8 +595,6 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
             if time.monotonic() - saved > 60:                                   # a killed scan goes on where it was
                 write_json(index, known)
                 saved = time.monotonic()
-    finally:
-        pool.shutdown(cancel_futures=True)                                      # interrupted: not the rest
     if todo:
         write_json(index, known)
     return {path: tuple(known[path][1:]) for path in split.found}

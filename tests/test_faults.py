@@ -252,7 +252,10 @@ def test_ctrl_c_outside_training_ends_in_one_sentence_and_leaves_no_scan_behind(
 
 
 def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "write_video", lambda file, frames: signal.raise_signal(signal.SIGINT))
+    def write_video_and_interrupt(file, frames):
+        write_video(file, frames)
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(data, "write_video", write_video_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.make_toy(tmp_path / "toy")
     assert not list(tmp_path.iterdir())
