@@ -49,9 +49,6 @@ def train(network, split, index, args, out, rank, world, device):
     """Fine-tune on the training videos of a split, or go on doing so, to the weights of the last epoch."""
     paths, report = usable(split, index, T=1)                                   # short videos repeat their last frame
     clips = Clips(split, paths, index, args.frames, args.size, args.step, args.seed)
-    if args.batch_size < 2 * world and not args.test:
-        raise ValueError(f"--batch-size {args.batch_size} gives {world} process(es) fewer than two videos each, which "
-                         "BatchNorm needs")
     steps_an_epoch = len(clips) // args.batch_size
     if steps_an_epoch == 0:
         raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(clips)} usable videos")
@@ -130,6 +127,9 @@ def main(argv=None):
     rank, world, device = init_distributed()
     if args.batch_size % world and not args.test:
         raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes")
+    if args.batch_size < 2 * world and not args.test:
+        raise ValueError(f"--batch-size {args.batch_size} gives {world} process(es) fewer than two videos each, which "
+                         "BatchNorm needs")
     splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
     for (train_split, _), (test_split, _) in splits:
         check_parts(train_split, test_split)

@@ -182,8 +182,9 @@ def main(argv=None):
     if args.batch_size % unit:
         raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
                          f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
+    out = Path(args.out)
     if rank == 0:
-        check_writable(out=Path(args.out) / "checkpoint.pt")
+        check_writable(out=out / "checkpoint.pt")
     torch.manual_seed(args.seed)
 
     # Data
@@ -208,7 +209,6 @@ def main(argv=None):
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
     # Go on from a checkpoint
-    out = Path(args.out)
     step = resume(out, args, world, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
     if rank == 0:
         print(f"{out}: {'goes on' if step else 'starts'} at step {step} of {steps} ({args.epochs} epochs of "
