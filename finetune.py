@@ -19,11 +19,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, average_crops, check_parts, check_writable, checked, default_out, in_words,
-                    init_distributed, judged, list_and_scan, load_for_judging, most_frequent, on_first,
-                    optimisation_flags, resume, run, save, share_buffers, shared_parser, step_scaled, told,
-                    warmup_cosine, write_result)
-from data import Clips, Windows, colour, step_loader, unreadable, usable
+from common.checkpoints import resume, save, step_scaled, warmup_cosine
+from common.files import check_writable
+from common.flags import AMP, judging_parser, known_flags, optimisation_flags, parse_and_check
+from common.judging import (average_crops, default_out, in_words, judged, load_for_judging, most_frequent, told,
+                            write_result)
+from common.processes import init_distributed, on_first, run, share_buffers
+from common.progress import Progress
+from common.splits import check_parts, list_and_scan, unreadable, usable
+from data import Clips, Windows, colour, step_loader
 from models import classifier
 
 
@@ -37,12 +41,11 @@ def finetune_defaults(dataset):
 
 def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser, _ = shared_parser(__doc__, argv, judging="ten")
+    parser = judging_parser(__doc__, argv, crops="ten")
     group = optimisation_flags(parser)
     group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
-    dataset = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].dataset
-    parser.set_defaults(**finetune_defaults(dataset))
-    return checked(parser, argv)
+    parser.set_defaults(**finetune_defaults(known_flags(parser, argv).dataset))
+    return parse_and_check(parser, argv)
 
 
 def train(network, split, index, args, out, rank, world, device):

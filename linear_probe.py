@@ -15,18 +15,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common import (check_parts, check_writable, checked, default_out, extract, in_words, init_distributed, judged,
-                    list_and_scan, load_for_judging, most_frequent, on_first, random_beside, run, shared_parser, told,
-                    write_result)
-from data import sources
+from common.files import check_writable
+from common.flags import judging_parser, parse_and_check
+from common.judging import (default_out, extract, in_words, judged, load_for_judging, most_frequent, random_beside,
+                            told, write_result)
+from common.processes import init_distributed, on_first, run
+from common.splits import check_parts, list_and_scan, sources
 
 
 def parse_args(argv=None):
-    parser, _ = shared_parser(__doc__, sys.argv[1:] if argv is None else argv, judging="centre")
+    parser = judging_parser(__doc__, sys.argv[1:] if argv is None else argv)
     parser.add_argument_group("classifier").add_argument(
         "--C", default="1e-3", help="the SVM's C (paper silent), or auto: the best of 1e-5 ... 1e-1 in 5-fold "
         "cross-validation on the training set, with clips of one source video kept together")
-    args = checked(parser, argv)
+    args = parse_and_check(parser, argv)
     if args.C != "auto":
         try:
             args.C = float(args.C)

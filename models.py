@@ -191,6 +191,13 @@ class TimeEquivariant(nn.Module):
         return out
 
 
+def check_clips(args):
+    """models.s3dg halves T twice and a picture's sides five times. ValueError: nothing would be left."""
+    if args.arch == "s3dg" and (args.frames <= 4 or args.size <= 16):
+        raise ValueError(f"--arch s3dg needs --frames above 4 and --size above 16, but they are {args.frames} and "
+                         f"{args.size}")
+
+
 def classifier(backbone: nn.Module, classes: int) -> nn.Module:
     """Sec. 4, fine-tuning: F and a new linear layer on F(x). (B, 3, T, H, W) -> logits (B, classes)"""
     return nn.Sequential(backbone, nn.Linear(backbone.dim, classes))        # paper silent: no dropout
@@ -259,21 +266,3 @@ def fill(net, found, path, name):
                 for what, keys in problems.items() if keys)
         raise ValueError(f"{path} does not fit {name}, which has {len(wanted)} tensors: {', '.join(told)}")
     net.load_state_dict(found)
-
-
-def with_psi(backbone, path=None):
-    """F and its ψ (Sec. 3.1) in eval mode -> TimeEquivariant that gives psi alone.
-
-    backbone: F as load_backbone gives it; path: where it is from, and ψ too; None: ψ is freshly initialised.
-    ValueError: the file has no ψ.
-    """
-    model = TimeEquivariant(backbone.arch, ["equi"])
-    model.backbone = backbone
-    if path:
-        if "equi" not in backbone.args.get("losses", LOSSES):
-            raise ValueError(f"{path} has no psi: the run that wrote it had no term equi (--losses of pretrain.py)")
-        psi = {key.removeprefix("heads.psi."): x for key, x in backbone.heads.items() if key.startswith("heads.psi.")}
-        if not psi or "speeds" not in backbone.args:
-            raise ValueError(f"{path} has no psi: it is in checkpoint.pt of pretrain.py only (give that --checkpoint)")
-        fill(model.heads["psi"], psi, path, f"the psi of {backbone.arch}")
-    return model.eval()

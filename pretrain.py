@@ -15,17 +15,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (AMP, Progress, all_gather, average_crops, check_clips, check_writable, checked, init_distributed,
-                    list_and_scan, on_first, optimisation_flags, resume, run, save, save_checkpoint, share_buffers,
-                    shared_parser, step_scaled, warmup_cosine)
-from data import Pairs, Windows, augmented, sources, step_loader, usable
+from common.checkpoints import resume, save, save_checkpoint, step_scaled, warmup_cosine
+from common.files import check_writable
+from common.flags import AMP, optimisation_flags, parse_and_check, pretraining_parser
+from common.judging import average_crops
+from common.processes import all_gather, init_distributed, on_first, run, share_buffers
+from common.progress import Progress
+from common.splits import list_and_scan, sources, usable
+from data import Pairs, Windows, augmented, step_loader
 from losses import loss_distinct, loss_equi, loss_inst
-from models import LOSSES, TERMS, TimeEquivariant
+from models import LOSSES, TERMS, TimeEquivariant, check_clips
 from retrieval import search, standardise
 
 
 def parse_args(argv=None):
-    parser, defaults = shared_parser(__doc__, sys.argv[1:] if argv is None else argv)
+    parser = pretraining_parser(__doc__, sys.argv[1:] if argv is None else argv)
     group = parser.add_argument_group("objective")
     group.add_argument("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
                        help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
@@ -43,8 +47,7 @@ def parse_args(argv=None):
     group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well (pip install tensorboard)")
     group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
                        help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
-    parser.set_defaults(**defaults)
-    args = checked(parser, argv)
+    args = parse_and_check(parser, argv)
 
     args.losses, args.speeds = sorted(set(args.losses), key=TERMS.index), sorted(set(args.speeds))
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"

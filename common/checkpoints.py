@@ -1,0 +1,111 @@
+"""Going on where a run was stopped: the schedule, checkpoints and what makes two runs the same."""
+import contextlib
+import json
+import os
+import sys
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from common.processes import gather_objects, on_first
+
+
+def warmup_cosine(optimizer, warmup, steps):
+    """Sec. 3.4: linear warm-up, then cosine annealing to 0 (# paper silent: both by the step, the final value)."""
+    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+    if warmup == 0:
+        return cosine
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), cosine], [warmup])
+
+
+def step_scaled(scaler, optimizer, loss):
+    """One step of the optimiser -> what the log tells of fp16: the share of steps left out for overflow, the scale."""
+    before = scaler.scale(torch.ones_like(loss))                                # get_scale() would wait for the device
+    scaler.step(optimizer)                                                      # leaves out a step that overflows ...
+    scaler.update()                                                             # ... and lowers the scale
+    scale = scaler.scale(torch.ones_like(loss))
+    return dict(overflow=scale < before, loss_scale=scale) if scaler.is_enabled() else {}
+
+
+def save_checkpoint(path, **state):
+    """Write beside, then rename, keeping the checkpoint before: at any moment a whole one is on disk."""
+    beside = path.with_suffix(".tmp")
+    try:
+        torch.save(state, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())                                             # on disk before the one before it moves
+    except (OSError, RuntimeError) as error:                                    # a full disk is a RuntimeError to torch
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} (disk full?): {error}; the one before it, if any, is whole") from None
+    if path.exists():
+        path.replace(path.with_suffix(".previous.pt"))
+    beside.replace(path)
+
+
+def load_checkpoint(path):
+    """The newest whole checkpoint at `path`, or None; a damaged one is named and the one before it is taken."""
+    for suffix in (path.suffix, ".previous.pt", ".tmp"):                        # .tmp: killed between the two renames
+        candidate = path.with_suffix(suffix)
+        if candidate.exists():
+            try:
+                return torch.load(candidate, map_location="cpu", weights_only=True)
+            except Exception as error:
+                print(f"{candidate} is damaged ({type(error).__name__}) and passed over", file=sys.stderr)
+    return None
+
+
+def resume(out, args, world, **parts):
+    """Put the state of OUT/checkpoint.pt, if there is one, into the parts (model, optimizer, ...) -> its step, or 0."""
+    state = load_checkpoint(out / "checkpoint.pt")
+    if state is not None and not (isinstance(state, dict) and {"step", "args", "world", "rng", *parts} <= state.keys()):
+        raise ValueError(f"{out / 'checkpoint.pt'} is not a checkpoint of this script: give another --out")
+    step = state["step"] if state else 0
+    if len(steps := set(gather_objects(step))) > 1:
+        raise ValueError(f"the processes find checkpoints of different steps, {sorted(steps)}: --out {out} must be on "
+                         "storage that all machines share")
+    if state:
+        check_same_run(state, args, world)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+    on_first(keep_log_until, out / "log.jsonl", step)
+    return step
+
+
+def save(out, args, world, step, **parts):
+    """OUT/checkpoint.pt: everything that `resume` needs to go on as if nothing had happened.
+
+    ValueError, and the last good checkpoint stays: a weight is not finite.
+    """
+    bad = [name for name, value in parts["model"].state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"step {step}: {len(bad)} weights are not finite, the first {bad[0]}; "
+                         f"{out / 'checkpoint.pt'}, if there, is from before")
+    save_checkpoint(out / "checkpoint.pt", step=step, args=vars(args), world=world, rng=torch.get_rng_state(),
+                    **{name: part.state_dict() for name, part in parts.items()})
+
+
+def check_same_run(state, args, world):
+    """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
+    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "save_every", "windows", "crops",
+            "test"}
+    world = state["world"] if vars(args).get("test") else world                 # finetune.py --test: nothing goes on
+    was, now = ({name: value for name, value in run.items() if name not in free}
+                for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
+    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+    if changed:
+        why = "; BatchNorm makes the number of processes matter" * (was.get("processes") != now["processes"])
+        raise ValueError(f"--out {args.out} holds another run's checkpoint ({', '.join(changed)}{why}): give another "
+                         "--out, or the same arguments and processes")
+
+
+def keep_log_until(file, step):
+    """Drop the log's lines after `step`: the steps that an interrupted run did not save are done again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):              # a line that a full disk cut
+            kept += [line] if json.loads(line)["step"] <= step else []
+    beside = file.with_suffix(".tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.replace(file)

@@ -1,0 +1,30 @@
+"""Small files that a run leaves: JSON, and a log with a JSON object a line."""
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_json(file, value, indent=None):
+    """Write beside, then rename: a reader never sees half a file. ValueError: a number that JSON has no word for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=indent, allow_nan=False))
+    beside.replace(file)
+
+
+def log_json(path, **values):
+    """Append one JSON object as a line."""
+    with Path(path).open("a") as file:
+        print(json.dumps({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in values.items()}),
+              file=file)
+
+
+def check_writable(**files):
+    """Rather than fail after hours: can these files, {flag: path}, be written? ValueError says which cannot."""
+    for flag, file in files.items():
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(file).parent).close()
+        except OSError as error:
+            raise ValueError(f"cannot write {file} (--{flag}): {error.strerror}") from None

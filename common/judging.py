@@ -1,0 +1,150 @@
+"""Judging F: crops and their averages (Sec. 3.4), features of a split, and the result file."""
+import argparse
+import hashlib
+import platform
+import sys
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import sklearn
+import torch
+import torch.distributed as dist
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from common.files import write_json
+from common.flags import AMP, default_arch, paper_defaults
+from common.loading import loader
+from common.processes import gather_objects
+from data import Windows, normalise
+from models import check_clips, load_backbone
+
+
+def views_of(windows, size, crops):
+    """Test crops (Sec. 3.4): "centre" is the centre crop and its mirror image, "ten" five crops and theirs.
+
+    # paper silent: how many, and which.
+    windows: uint8 (W, T, 3, h, w) -> uint8 (C * W, T, 3, size, size), C = 2 or 10.
+    """
+    if crops == "ten":
+        return torch.cat(TF.ten_crop(windows, size))
+    centre = TF.center_crop(windows, size)
+    return torch.cat([centre, TF.horizontal_flip(centre)])
+
+
+@torch.no_grad()
+def average_crops(network, windows, size, crops, device, amp="off", workers=0, softmax=False, title="test"):
+    """Sec. 3.4: "averaging predictions of multiple temporal and spatial crops", and features in the same way.
+
+    network: (N, 3, T, H, W) -> (N, K), in eval mode; windows: data.Windows. Videos are shared out over the processes
+    and each is run on its own: its result depends on nothing else. softmax: average probabilities, not the outputs.
+    -> float32 (V, K) in the order of the videos, NaN where a video failed, and {v: problem}; on every process.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    videos = loader(windows, workers, batch_size=None, sampler=range(rank, len(windows), world))
+    outputs, failed = {}, {}
+    for v, clips, problem in tqdm(videos, title, unit="video", disable=rank > 0):
+        if problem:
+            failed[v] = problem
+            continue
+        clips = normalise(views_of(clips.to(device, non_blocking=True), size, crops))   # (C * W, 3, T, H, W)
+        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+            output = network(clips).float()                                     # (C * W, K)
+        outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
+    parts = gather_objects((outputs, failed))
+    outputs, failed = ({v: value for part in parts for v, value in part[k].items()} for k in (0, 1))
+    if not outputs:
+        raise ValueError(f"{title}: not one of {len(windows)} videos could be read, the first: {failed[0]}")
+    strange = sum(not output.isfinite().all() for output in outputs.values())
+    if strange:
+        raise ValueError(f"{title}: what the network makes of {strange} of {len(windows)} videos is not finite")
+    nothing = torch.full_like(next(iter(outputs.values())), float("nan"))
+    return torch.stack([outputs.get(v, nothing) for v in range(len(windows))]), dict(sorted(failed.items()))
+
+
+def load_for_judging(args):
+    """F from --checkpoint; fills in what it decides: args.arch, args.frames, args.size -> module.
+
+    The clips are those of pre-training, where the file says what they were, else the paper's for --dataset and --arch.
+    """
+    if args.checkpoint == "random":
+        args.arch = args.arch or default_arch(args.dataset)
+    torch.manual_seed(args.seed)                                                # of the random initialisation
+    file = Path(args.checkpoint)
+    content = file.read_bytes() if args.checkpoint != "random" and file.is_file() else None     # it may change later
+    if args.checkpoint != "random" and not file.exists():
+        raise ValueError(f"there is no file {file}: run pretrain.py first, or give --checkpoint")
+    network = load_backbone(args.checkpoint, args.arch)
+    network.sha256 = content and hashlib.sha256(content).hexdigest()
+    clips = paper_defaults(args.dataset, network.arch) | network.args
+    args.arch, args.frames, args.size = network.arch, args.frames or clips["frames"], args.size or clips["size"]
+    check_clips(args)
+    return network
+
+
+def extract(networks, args, split, index, device):
+    """Features of every video: mean over windows and crops (Sec. 3.4).
+
+    networks: {name: F} -> Split, {name: float32 array (V, D), NaN rows where a video failed}, {path: problem}.
+    """
+    windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
+    x, failed = average_crops(lambda clips: torch.cat([network(clips) for network in networks.values()], dim=1),
+                              windows, args.size, args.crops, device, args.amp, args.workers, title=split.title)
+    features = zip(networks, x.split([network.dim for network in networks.values()], dim=1))    # one decode for all
+    return split, {name: f.numpy() for name, f in features}, {split.paths[v]: problem for v, problem in failed.items()}
+
+
+def random_beside(network, args, device):
+    """{"checkpoint": F} and, where F has learned anything, {"random": the same network, initialised with --seed}."""
+    networks = {"random": network}
+    if args.checkpoint != "random":
+        beside = argparse.Namespace(**vars(args) | dict(checkpoint="random"))
+        networks = {"checkpoint": network, "random": load_for_judging(beside)}
+    return {name: net.to(device, memory_format=torch.channels_last_3d) for name, net in networks.items()}
+
+
+def most_frequent(split):
+    """Accuracy by chance: the share of the most frequent class, which one gets who always answers with it."""
+    return max(Counter(split.labels).values()) / len(split.labels)
+
+
+def judged(split, _, failed):
+    """What was asked for and what came of it, for a result file; takes what `extract` gives."""
+    return dict(title=split.title, expected=len(split.paths), scored=len(split.paths) - len(failed), failed=failed)
+
+
+def told(part, fate):
+    """What `judged` gave, in words; fate: what became of the videos that could not be read."""
+    names = [f"{path} ({problem})" for path, problem in part["failed"].items()]
+    return (f"{part['title']}: {part['scored']} of {part['expected']} videos scored"
+            + (f"; {len(names)} could not be read and {fate}: " if names else "")
+            + ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""))
+
+
+def in_words(figures, chance):
+    """{"checkpoint": share, "random": share}, chance -> "71.2% (randomly initialised: 15.3%, chance: 1.2%)"."""
+    if "checkpoint" not in figures:
+        return f"{figures['random']:.1%} randomly initialised (chance: {chance:.1%})"
+    random = f"{figures['random']:.1%}" if "random" in figures else "not run"
+    return f"{figures['checkpoint']:.1%} (randomly initialised: {random}, chance: {chance:.1%})"
+
+
+def default_out(args, checkpoint, arch):
+    """Where a judging script writes: --out, or beside the checkpoint -> Path."""
+    return Path(args.out or (f"runs/random-{arch}" if checkpoint == "random" else Path(checkpoint).parent))
+
+
+def write_result(args, name, network, standardised, **result):
+    """OUT/name.json: the result and all that says what it is. Returns the file."""
+    protocol = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint")}
+    file = default_out(args, args.checkpoint, network.arch) / f"{name}.json"
+    write_json(file, indent=1, value=result | dict(
+        protocol=protocol | dict(standardised=standardised),
+        checkpoint=dict(path=args.checkpoint, sha256=network.sha256, arch=network.arch, trained_with=network.args),
+        command=sys.argv, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                      av=av.__version__, numpy=np.__version__, sklearn=sklearn.__version__)))
+    return file

@@ -1,0 +1,119 @@
+"""torchrun's processes: joining them, gathering from them, and how a script ends."""
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common.video import VideoError
+
+
+def init_distributed():
+    """Join torchrun's process group if there is one -> rank, world size, device.
+
+    NCCL between GPUs, and gloo for what is on the CPU, for which no GPU is waited for.
+    """
+    cuda = torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise ValueError(f"process {device.index} of this machine has no GPU: torchrun's --nproc_per_node is at most "
+                         f"{torch.cuda.device_count()} here")
+    if cuda:
+        torch.cuda.set_device(device)
+        # All clips have one shape, so that to try cuDNN's algorithms pays. TF32: convolutions may use it, which is
+        # torch's default; products of matrices may not, since Eq. 2 makes of an error of 1e-3 in a cosine one of 1e-2.
+        torch.backends.cudnn.benchmark = True
+    if rank:
+        sys.stdout = open(os.devnull, "w")                                      # one process tells
+    if "RANK" in os.environ:
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == str(world):
+            # torchrun's store outlives a restart: without a name for each start, the addresses of dead processes are
+            # found there (pytorch issue 135712). On several machines the count of restarts need not agree.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
+
+
+def all_gather(*tensors):
+    """Each tensor's rows from all processes, in the order of the processes, without gradient.
+
+    Eq. 2 stops the gradient at the keys, so nothing is lost: the gradient equals the one-process gradient.
+    """
+    if not dist.is_initialized():
+        return tensors
+    gathered = []
+    for x in tensors:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.detach().contiguous())
+        gathered.append(torch.cat(parts))
+    return tuple(gathered)
+
+
+def gather_objects(value):
+    """Any picklable value of each process -> the list of all, in the order of the processes."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share_buffers(network):
+    """Give every process the first one's BatchNorm statistics, which a checkpoint has (DDP does so a step late)."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def on_first(function, *args, **kwargs):
+    """Run on the first process alone and give every process the result, or the error."""
+    box = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            box = [(function(*args, **kwargs), None)]
+        except Exception as error:
+            box = [(None, error)]
+    if dist.is_initialized():
+        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")     # the first scan of Kinetics takes hours
+        dist.broadcast_object_list(box, group=patient)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def mean_over_processes(values):
+    """{name: tensor on the CPU} -> the same names, averaged over all processes, as floats or lists of floats."""
+    flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    parts = flat.split([value.numel() for value in values.values()])
+    return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
+
+
+def run(main):
+    """Call main(); what the user can put right ends in one sentence and exit status 1, not in a traceback."""
+    sys.stdout.reconfigure(errors="surrogateescape")                            # names of files are any bytes
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full (a smaller --batch-size or --size, or "
+                 f"more of --accumulate): {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
+    except (ValueError, OSError, VideoError) as error:                          # of a loader's process: its last line
+        sentence = re.sub(r"\ACaught .* in DataLoader worker .*^[\w.]+: ", "", str(error), flags=re.S | re.M).strip()
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
+    finally:                                                                    # loaders' processes ignore SIGTERM, by
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                           # which Python would end them at exit
+        for child in multiprocessing.active_children():
+            child.kill()
