@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.loading import loader
+from common.loading import load
 from common.splits import unreadable
 from common.video import VideoError, decode, reason
 
@@ -195,7 +195,7 @@ def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
     steps, share = len(dataset) // items, items // world                        # steps in an epoch, items of a process
     keys = ([(step // steps, step % steps * items + rank * share + k) for k in range(share)]
             for step in range(first, last))
-    return loader(dataset, workers, batch_sampler=keys, collate_fn=collate)
+    return load(dataset, workers, batch_sampler=keys, collate_fn=collate)
 
 
 # ---- Clips for judging (Sec. 3.4, 4) ----
@@ -346,10 +346,12 @@ def jitter(clips, seeds):
     return x
 
 
-def augmented(batch):
-    """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W)."""
-    clips, seeds = batch["clips"], batch["seed"].flatten().tolist()
-    return colour(clips.flatten(0, 1), seeds).unflatten(0, clips.shape[:2])
+def augmented(clips, seeds):
+    """The network's input, with the colour part of σ: uint8 (B, n, T, 3, H, W) -> float32 (B, n, 3, T, H, W).
+
+    seeds: (B, n), one of the colours of each clip, on the CPU.
+    """
+    return colour(clips.flatten(0, 1), seeds.flatten().tolist()).unflatten(0, clips.shape[:2])
 
 
 def normalise(clips: torch.Tensor) -> torch.Tensor:

@@ -67,18 +67,17 @@ def train(network, split, index, args, out, rank, world, device):
     if args.test and step < steps:
         raise ValueError(f"--test: {out} holds {f'step {step} of {steps}' if step else 'no checkpoint'}: train first")
     if rank == 0:
-        print(f"{report}\n{out}: {'goes on' if step else 'starts'} at step {step} of {steps} ({args.epochs} epochs of "
-              f"{steps_an_epoch} steps) on {world} {device.type} process(es); {vars(args)}", file=sys.stderr)
+        print(report, file=sys.stderr)
     if step == steps:
         return
     model = network
     if dist.is_initialized():
-        model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
+                                        broadcast_buffers=False)                # statistics: see share_buffers
     model.train()
-    batches = iter(step_loader(clips, args.batch_size, step, steps, args.workers, rank, world))
+    loaded = step_loader(clips, args.batch_size, step, steps, args.workers, rank, world)
     progress = Progress(out, clips.files, step, steps, steps_an_epoch, args.batch_size, args, device)
-    while step < steps:
-        batch = progress.wait_for(batches)
+    for step, batch in progress.batches(loaded):
         label = batch["label"].to(device, non_blocking=True)                    # (B,)
         x = colour(batch["clips"].to(device, non_blocking=True), batch["seed"].tolist())    # (B, 3, T, H, W)
         with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
@@ -87,16 +86,15 @@ def train(network, split, index, args, out, rank, world, device):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaled = step_scaled(scaler, optimizer, loss)
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
-        step += 1
         accuracy = (logits.argmax(1) == label).float().mean()
-        leave = progress.done(step, lr, loss=loss, train_acc=accuracy, **scaled)
-
-        if progress.saves(step, leave):
+        progress.done(step, schedule.get_last_lr()[0], loss=loss, train_acc=accuracy, **scaled)
+        schedule.step()
+        if progress.saves(step):
             save(out, args, world, step, **parts)
-        if leave:
-            progress.leave(step, leave)
+    if step < steps:
+        if rank == 0:
+            save(out, args, world, step, **parts)
+        progress.leave(step)
 
 
 def test(network, split, index, args, device):
@@ -154,8 +152,6 @@ def main(argv=None):
             print(told(result["train"], "left out"), told(result["test"], "count as wrong"), sep="\n")
         print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: "
               f"{in_words(top1, chance)} ({file})")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,26 +6,27 @@
 Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
 """
 import contextlib
+import shlex
 import sys
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
 from common.checkpoints import resume, save, save_checkpoint, step_scaled, warmup_cosine
 from common.files import check_writable
 from common.flags import AMP, optimisation_flags, parse_and_check, pretraining_parser
-from common.judging import average_crops
-from common.processes import all_gather, init_distributed, on_first, run, share_buffers
+from common.processes import all_gather, init_distributed, on_first, run
 from common.progress import Progress
-from common.splits import list_and_scan, sources, usable
-from data import Pairs, Windows, augmented, step_loader
+from common.splits import list_and_scan, usable
+from data import Pairs, augmented, step_loader
 from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TERMS, TimeEquivariant, check_clips
-from retrieval import search, standardise
+from retrieval import knn_accuracy
 
 
 def parse_args(argv=None):
@@ -60,27 +61,30 @@ def parse_args(argv=None):
     return args
 
 
+def check_batch_size(args, world):
+    """Each process, and each of its --accumulate parts, gets whole groups of two videos."""
+    unit = 2 * world * args.accumulate
+    if args.batch_size % unit:
+        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
+                         f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
+
+
 def prepare(args):
     """The training videos: list, frame counts, and which of them can be used -> Split, paths, index."""
     split, index = list_and_scan(args, args.split, "train")
     if args.knn_every and not split.classes:
         raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
     paths, report = usable(split, index, args.speeds[0] * (args.frames - 1) + 1)    # what the slowest clip takes
+    if args.batch_size > len(paths):
+        raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(paths)} usable videos ({report})")
     print(report, file=sys.stderr)
     return split, paths, index
 
 
-def gather_keys(out, batch):
-    """The keys of Eq. 1 and Eq. 3 over all processes: for each contrastive term (features, video ids, pq or p)."""
-    keys = {}
-    if "phi" in out:
-        keys["inst"] = all_gather(*clips_as_rows(out["phi"], batch["video"]))
-    if "psi" in out:
-        keys["equi"] = all_gather(out["psi"], batch["video"], batch["pq"])
-    if "chi" in out:
-        chi, i, clip = clips_as_rows(out["chi"], batch["video"])
-        keys["distinct"] = all_gather(chi, i, clip % 2, clip // 2)              # τ: p q p q ..., σ: 0 0 1 1 ...
-    return keys
+def training_pairs(args, split, paths, index):
+    """Groups of two videos under one relative transformation (Fig. 3); for Fig. 5's baseline each clip twice."""
+    clips = 4 if "distinct" in args.losses else 2
+    return Pairs(split, paths, index, args.frames, args.size, args.speeds, args.seed, args.equivariance, clips)
 
 
 def clips_as_rows(x, i):
@@ -89,26 +93,46 @@ def clips_as_rows(x, i):
     return x.flatten(0, 1), i.repeat_interleave(n), torch.arange(n, device=i.device).repeat(len(i))
 
 
+def anchors(out, batch):
+    """What Eq. 1, Eq. 3 and Fig. 5 compare, a row each -> {term: (features, ids ...)}, the losses' arguments."""
+    i = batch["video"]                                                          # (B,)
+    rows = {}
+    if "phi" in out:
+        rows["inst"] = clips_as_rows(out["phi"], i)                             # φ_i^p (2B, D), i, p (2B,)
+    if "psi" in out:
+        rows["equi"] = out["psi"], i, batch["pq"]                               # ψ_i^pq (B, D), i, pq (B,)
+    if "chi" in out:
+        chi, i, clip = clips_as_rows(out["chi"], i)                             # χ_i^ps (4B, D): clips p q p q,
+        rows["distinct"] = chi, i, clip % 2, clip // 2                          # σ of each 0 0 1 1
+    return rows
+
+
+def gather_keys(out, batch):
+    """The keys of Eq. 1, Eq. 3 and Fig. 5: the anchors of all processes."""
+    return {term: all_gather(*rows) for term, rows in anchors(out, batch).items()}
+
+
 def objective(out, batch, keys, lam):
     """L = L_inst + L_equi + L_speed + L_direction + L_order, term by term (Table 1; a row passes fewer terms).
 
     -> terms {name: scalar}, scores {name: scalar, or the labels' shares}: what the heads get right, and by chance.
     """
     terms, scores = {}, {}
-    if "phi" in out:
-        phi, i, p = clips_as_rows(out["phi"], batch["video"])                   # (2B, D), (2B,), (2B,)
+    rows = anchors(out, batch)
+    if "inst" in rows:
+        phi, i, p = rows["inst"]
         terms["inst"] = loss_inst(phi, i, p, keys["inst"], lam)                 # Eq. 3
         phi_j, j, r = keys["inst"]
         same_i, same_p = i[:, None] == j, p[:, None] == r                       # (2B, M)
         scores["phi_nearest"], scores["phi_chance"] = nearest(phi, phi_j, ~(same_i & same_p), same_i)
-    if "psi" in out:
-        psi, i, pq = out["psi"], batch["video"], batch["pq"]                    # (B, D), (B,), (B,)
+    if "equi" in rows:
+        psi, i, pq = rows["equi"]
         terms["equi"] = loss_equi(psi, i, pq, keys["equi"], lam)                # Eq. 1
         psi_k, k, rs = keys["equi"]
         scores["psi_nearest"], scores["psi_chance"] = nearest(psi, psi_k, i[:, None] != k, pq[:, None] == rs)
-    if "chi" in out:
-        chi, i, clip = clips_as_rows(out["chi"], batch["video"])                # (4B, D), (4B,), (4B,)
-        terms["distinct"] = loss_distinct(chi, i, clip % 2, clip // 2, keys["distinct"], lam)   # Fig. 5
+    if "distinct" in rows:
+        chi, i, p, s = rows["distinct"]
+        terms["distinct"] = loss_distinct(chi, i, p, s, keys["distinct"], lam)  # Fig. 5
     for task in ("speed", "direction", "order"):                                # Sec. 3.2
         if task in out:
             logits, label = out[task].float().flatten(0, -2), batch[task].flatten()
@@ -129,27 +153,31 @@ def nearest(x, y, candidate, match):
     return hit.float().mean(), ((match & candidate).sum(1) / candidate.sum(1)).mean()
 
 
-def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
-    """1-NN accuracy (Table 1) among up to `most` training videos, so that a bad run is seen early; a video's own source
-    (UCF101's group) does not count as a neighbour. -> accuracy, accuracy of always naming the most frequent class."""
-    paths = paths[::-(-len(paths) // most)]
-    label = dict(zip(split.paths, split.labels))
-    windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
-    share_buffers(backbone.eval())
-    x, failed = average_crops(backbone, windows, args.size, "centre", device, args.amp, args.workers, title="k-NN")
-    backbone.train()
-    read = [n for n in range(len(paths)) if n not in failed]
-    source = sources(args.dataset, paths)
-    ids = torch.tensor([[label[paths[n]] for n in read], [source.index(source[n]) for n in read]])  # class, source
-    x, _ = standardise(x[read], x[read])
-    ranks, *_ = search(x, x, ids, ids, k=1)
-    return (ranks == 0).double().mean().item(), (ids[0].bincount().max() / len(read)).item()
-
-
 def split_batch(batch, n):
     """n equal parts of a batch, along the videos -> list of dicts."""
-    parts = {name: value.chunk(n) for name, value in batch.items()}
-    return [{name: part[k] for name, part in parts.items()} for k in range(n)]
+    pieces = {name: value.chunk(n) for name, value in batch.items()}
+    return [{name: piece[k] for name, piece in pieces.items()} for k in range(n)]
+
+
+@contextlib.contextmanager
+def frozen_statistics(network):
+    """Inside, BatchNorm's running statistics stay as they are: clips that are seen twice count once."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def keys_of_parts(network, parts, batch, autocast):
+    """The keys of a whole batch, of all processes, from a first pass over its parts without gradient."""
+    with torch.no_grad(), autocast, frozen_statistics(network):
+        outs = [network(part["clips"]) for part in parts]
+    whole = {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
+    return gather_keys(whole, batch)
 
 
 def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), scaler=None):
@@ -158,99 +186,113 @@ def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), 
     That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
     -> {name: mean over the parts}: loss, terms, scores. ValueError: what the losses refuse, on a CPU.
     """
-    parts, keys, values = split_batch(batch, n), None, {}
-    if n > 1:
-        with torch.no_grad(), autocast:
-            outs = [network(augmented(part)) for part in parts]
-        keys = gather_keys({name: torch.cat([out[name] for out in outs]) for name in outs[0]}, batch)
+    parts = split_batch(batch, n)
+    keys = keys_of_parts(network, parts, batch, autocast) if n > 1 else None
+    values = defaultdict(float)
     for k, part in enumerate(parts):
-        wait = k < n - 1 and dist.is_initialized()                              # DDP averages the gradients once
-        with network.no_sync() if wait else contextlib.nullcontext():
+        more = k < n - 1 and dist.is_initialized()                              # DDP averages the gradients once
+        with network.no_sync() if more else contextlib.nullcontext():
             with autocast:
-                out = network(augmented(part))                                  # clips (B, 2, 3, T, H, W) -> dict
+                out = network(part["clips"])                                    # (B, 2, 3, T, H, W) -> dict
             terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
             loss = sum(terms.values())                                          # Table 1: plain sums
             (scaler.scale(loss / n) if scaler else loss / n).backward()
         for name, value in dict(loss=loss, **terms, **scores).items():
-            values[name] = values.get(name, 0) + value.detach() / n
-    return values
+            values[name] += value.detach() / n
+    return dict(values)
+
+
+def to_device(batch, device):
+    """A batch on the network's device, its clips with the colour part of σ (Sec. 3.4): (B, n, 3, T, H, W) float32."""
+    seeds = batch.pop("seed")                                                   # (B, n), used on the CPU
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return batch | dict(clips=augmented(batch["clips"], seeds))
+
+
+def new_model(args, device):
+    """F and the heads of the chosen losses, on the device -> TimeEquivariant."""
+    if args.sync_bn and device.type == "cpu":
+        raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
+    model = TimeEquivariant(args.arch, args.losses, len(args.speeds)).to(device, memory_format=torch.channels_last_3d)
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+
+
+def wrapped(model, args, device):
+    """The model under DDP, where torchrun started it, and torch.compile."""
+    network = model
+    if dist.is_initialized():
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
+                                          broadcast_buffers=False)              # statistics: see share_buffers
+    return torch.compile(network) if args.compile else network
+
+
+def save_all(out, args, world, step, state):
+    """OUT/checkpoint.pt, from which a run goes on, and OUT/backbone.pt, F alone for the judges."""
+    save(out, args, world, step, **state)
+    save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=state["model"].backbone.state_dict(), args=vars(args))
+
+
+def next_command(args, backbone):
+    """What to type to see what F has learned: the linear probe, or neighbours where there are no official lists."""
+    checkpoint = ["--checkpoint", str(backbone)]
+    if args.dataset in ("kinetics400", "folder"):
+        words = ["retrieval.py", "--gallery", args.data, "--query", args.data, "--features", "features.npz"]
+    elif args.dataset == "toy" and args.data == "toy-videos":
+        words = ["linear_probe.py"]
+    else:
+        words = ["linear_probe.py", "--dataset", args.dataset, "--data", args.data]
+        words += ["--annotations", args.annotations] if args.annotations else []
+    return f"python {shlex.join(words + checkpoint)}"
 
 
 def main(argv=None):
     args = parse_args(argv)
+    out = Path(args.out)
 
     # Distributed
     rank, world, device = init_distributed()
-    unit = 2 * world * args.accumulate
-    if args.batch_size % unit:
-        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
-                         f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
-    out = Path(args.out)
+    check_batch_size(args, world)
     if rank == 0:
         check_writable(out=out / "checkpoint.pt")
     torch.manual_seed(args.seed)
 
     # Data
-    split, paths, index = on_first(prepare, args)
-    if args.batch_size > len(paths):
-        raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(paths)} usable videos")
-    pairs = Pairs(split, paths, index, args.frames, args.size, args.speeds, args.seed, args.equivariance,
-                  clips=4 if "distinct" in args.losses else 2)
+    videos = on_first(prepare, args)                                            # Split, paths, index
+    pairs = training_pairs(args, *videos)
     steps_an_epoch = len(pairs) // (args.batch_size // 2)
     steps = args.epochs * steps_an_epoch
 
     # Model and optimiser
-    model = TimeEquivariant(args.arch, args.losses, len(args.speeds)).to(device, memory_format=torch.channels_last_3d)
-    if args.sync_bn and device.type == "cpu":
-        raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
-    if args.sync_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    model = new_model(args, device)
+    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
-
-    # Go on from a checkpoint
-    step = resume(out, args, world, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    if rank == 0:
-        print(f"{out}: {'goes on' if step else 'starts'} at step {step} of {steps} ({args.epochs} epochs of "
-              f"{steps_an_epoch} steps) on {world} {device.type} process(es); {vars(args)}", file=sys.stderr)
-    network = model
-    if dist.is_initialized():
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    if args.compile:
-        network = torch.compile(network)
+    state = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    step = resume(out, args, world, **state)
+    network = wrapped(model, args, device)
 
     # Train
-    batches = iter(step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world))
+    loaded = step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world)
     progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args, device)
-    while step < steps:
-        batch = progress.wait_for(batches)
-        seeds = batch.pop("seed")                                               # (B, n), used on the CPU
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()} | dict(seed=seeds)
+    for step, batch in progress.batches(loaded):
+        batch = to_device(batch, device)
         optimizer.zero_grad()
-        try:
+        with progress.naming_videos(step):
             values = forward_backward(network, batch, args.accumulate, args.lam, autocast, scaler)
-        except ValueError as error:
-            raise progress.failed(step + 1, error) from None
         values |= step_scaled(scaler, optimizer, values["loss"])
-        lr = schedule.get_last_lr()[0]
+        progress.done(step, schedule.get_last_lr()[0], **values)
         schedule.step()
-        step += 1
-        leave = progress.done(step, lr, **values)
 
-        if progress.saves(step, leave):
-            save(out, args, world, step, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
-            save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
+        if progress.saves(step):
+            save_all(out, args, world, step, state)
         if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
-            accuracy, chance = knn_accuracy(model.backbone, split, paths, index, args, device)
-            if rank == 0:
-                progress.log(step, knn=accuracy, knn_chance=chance)
-        if leave:
-            progress.leave(step, leave)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            progress.log(step, **knn_accuracy(model.backbone, *videos, args, device))
+    if step < steps:
+        if rank == 0:
+            save_all(out, args, world, step, state)
+        progress.leave(step)
+    print(f"next: {next_command(args, out / 'backbone.pt')}")
 
 
 if __name__ == "__main__":

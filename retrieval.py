@@ -13,6 +13,7 @@ videos of each query. A query's own file is not its neighbour: --gallery and --q
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,11 @@ import torch.distributed as dist
 
 from common.files import check_writable
 from common.flags import judging_parser, known_flags, parse_and_check
-from common.judging import (default_out, extract, in_words, judged, load_for_judging, random_beside, told,
+from common.judging import (average_crops, default_out, extract, in_words, judged, load_for_judging, random_beside, told,
                             write_result)
-from common.processes import init_distributed, on_first, run
-from common.splits import list_and_scan, unreadable
+from common.processes import init_distributed, on_first, run, share_buffers
+from common.splits import list_and_scan, sources, unreadable
+from data import Windows
 
 PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
 
@@ -133,6 +135,24 @@ def judge(gallery, query, expected, ks, device):
         shares[name] = {f"R@{k}": recall(ranks, expected, k) for k in ks}
     shares["chance"] = {f"R@{k}": chance_recall(*ids, expected, k) for k in ks}
     return {} if None in (video.name for videos, _ in (gallery, query) for video in videos) else shares, *found
+
+
+def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
+    """1-NN accuracy (Table 1) among up to `most` training videos, so that a bad run is seen early; a video's own source
+    (UCF101's group) does not count as a neighbour. -> {knn: accuracy, knn_chance: that of always naming the most frequent class}."""
+    paths = paths[::-(-len(paths) // most)]
+    label = dict(zip(split.paths, split.labels))
+    windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)
+    share_buffers(backbone.eval())
+    x, failed = average_crops(backbone, windows, args.size, "centre", device, args.amp, args.workers, title="k-NN")
+    backbone.train()
+    read = [n for n in range(len(paths)) if n not in failed]
+    source = sources(args.dataset, paths)
+    ids = torch.tensor([[label[paths[n]] for n in read], [source.index(source[n]) for n in read]])  # class, source
+    x, _ = standardise(x[read], x[read])
+    ranks, *_ = search(x, x, ids, ids, k=1)
+    accuracy = (ranks == 0).double().mean().item()
+    return dict(knn=accuracy, knn_chance=(ids[0].bincount().max() / len(read)).item())
 
 
 def save_features(file, gallery, query, nearest, cosines):

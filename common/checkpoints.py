@@ -54,49 +54,64 @@ def load_checkpoint(path):
     return None
 
 
-def resume(out, args, world, **parts):
-    """Put the state of OUT/checkpoint.pt, if there is one, into the parts (model, optimizer, ...) -> its step, or 0."""
+def resume(out, args, world, **stateful):
+    """Put the state of OUT/checkpoint.pt, if there is one, into model, optimizer, ... -> its step, or 0.
+
+    ValueError: the file is not of this script, of other arguments, or not the same for all processes.
+    """
     state = load_checkpoint(out / "checkpoint.pt")
-    if state is not None and not (isinstance(state, dict) and {"step", "args", "world", "rng", *parts} <= state.keys()):
+    if state is not None and not is_checkpoint(state, stateful):
         raise ValueError(f"{out / 'checkpoint.pt'} is not a checkpoint of this script: give another --out")
     step = state["step"] if state else 0
-    if len(steps := set(gather_objects(step))) > 1:
+    steps = set(gather_objects(step))
+    if len(steps) > 1:
         raise ValueError(f"the processes find checkpoints of different steps, {sorted(steps)}: --out {out} must be on "
                          "storage that all machines share")
     if state:
         check_same_run(state, args, world)
-        for name, part in parts.items():
+        for name, part in stateful.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
     on_first(keep_log_until, out / "log.jsonl", step)
     return step
 
 
-def save(out, args, world, step, **parts):
+def is_checkpoint(state, stateful):
+    """Whether a file's content is what `save` writes, with a state for each of model, optimizer, ..."""
+    return isinstance(state, dict) and {"step", "args", "world", "rng", *stateful} <= state.keys()
+
+
+def save(out, args, world, step, **stateful):
     """OUT/checkpoint.pt: everything that `resume` needs to go on as if nothing had happened.
 
     ValueError, and the last good checkpoint stays: a weight is not finite.
     """
-    bad = [name for name, value in parts["model"].state_dict().items() if not value.isfinite().all()]
+    bad = [name for name, value in stateful["model"].state_dict().items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f"step {step}: {len(bad)} weights are not finite, the first {bad[0]}; "
                          f"{out / 'checkpoint.pt'}, if there, is from before")
     save_checkpoint(out / "checkpoint.pt", step=step, args=vars(args), world=world, rng=torch.get_rng_state(),
-                    **{name: part.state_dict() for name, part in parts.items()})
+                    **{name: part.state_dict() for name, part in stateful.items()})
+
+
+FREE = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "save_every", "keep_every", "windows",
+        "crops", "test"}                                                        # may change when a run goes on
 
 
 def check_same_run(state, args, world):
     """Refuse to go on where the rest would not be what an uninterrupted run does. ValueError names the difference."""
-    free = {"data", "annotations", "index", "workers", "compile", "out", "log_every", "save_every", "windows", "crops",
-            "test"}
-    world = state["world"] if vars(args).get("test") else world                 # finetune.py --test: nothing goes on
-    was, now = ({name: value for name, value in run.items() if name not in free}
-                for run in (state["args"] | {"processes": state["world"]}, vars(args) | {"processes": world}))
-    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
-    if changed:
-        why = "; BatchNorm makes the number of processes matter" * (was.get("processes") != now["processes"])
-        raise ValueError(f"--out {args.out} holds another run's checkpoint ({', '.join(changed)}{why}): give another "
-                         "--out, or the same arguments and processes")
+    if vars(args).get("test"):                                                  # finetune.py --test: nothing goes on
+        world = state["world"]
+    was = state["args"] | {"processes": state["world"]}
+    now = vars(args) | {"processes": world}
+    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now
+               if name not in FREE and was.get(name) != now[name]]
+    if not changed:
+        return
+    if was["processes"] != now["processes"]:
+        changed.append("and BatchNorm makes the number of processes matter")
+    raise ValueError(f"--out {args.out} holds another run's checkpoint ({', '.join(changed)}): give another --out, or "
+                     "the same arguments and processes")
 
 
 def keep_log_until(file, step):
@@ -105,7 +120,8 @@ def keep_log_until(file, step):
     kept = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):              # a line that a full disk cut
-            kept += [line] if json.loads(line)["step"] <= step else []
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(f"{line}\n" for line in kept))
     beside.replace(file)

@@ -15,9 +15,9 @@ def write_json(file, value, indent=None):
 
 def log_json(path, **values):
     """Append one JSON object as a line."""
+    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
     with Path(path).open("a") as file:
-        print(json.dumps({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in values.items()}),
-              file=file)
+        print(json.dumps(rounded), file=file)
 
 
 def check_writable(**files):

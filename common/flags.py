@@ -53,8 +53,8 @@ def default_amp():
 
 def default_workers():
     """Loader processes for each process of torchrun: the cores shared out, at most 16."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(16, max(1, cores))
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)   # not on macOS
+    return min(16, max(1, len(mine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def known_flags(parser, argv):

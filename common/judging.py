@@ -10,15 +10,14 @@ import av
 import numpy as np
 import sklearn
 import torch
-import torch.distributed as dist
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common.files import write_json
 from common.flags import AMP, default_arch, paper_defaults
-from common.loading import loader
-from common.processes import gather_objects
+from common.loading import load
+from common.processes import gather_objects, rank_and_world
 from data import Windows, normalise
 from models import check_clips, load_backbone
 
@@ -43,10 +42,11 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
     and each is run on its own: its result depends on nothing else. softmax: average probabilities, not the outputs.
     -> float32 (V, K) in the order of the videos, NaN where a video failed, and {v: problem}; on every process.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    videos = loader(windows, workers, batch_size=None, sampler=range(rank, len(windows), world))
+    rank, world = rank_and_world()
+    mine = range(rank, len(windows), world)
+    videos = load(windows, workers, batch_size=None, sampler=mine)
     outputs, failed = {}, {}
-    for v, clips, problem in tqdm(videos, title, unit="video", disable=rank > 0):
+    for v, clips, problem in tqdm(videos, title, len(mine), unit="video", disable=rank > 0):
         if problem:
             failed[v] = problem
             continue

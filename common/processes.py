@@ -1,7 +1,6 @@
 """torchrun's processes: joining them, gathering from them, and how a script ends."""
 import multiprocessing
 import os
-import re
 import signal
 import sys
 from datetime import timedelta
@@ -32,14 +31,23 @@ def init_distributed():
     if rank:
         sys.stdout = open(os.devnull, "w")                                      # one process tells
     if "RANK" in os.environ:
-        store = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == str(world):
-            # torchrun's store outlives a restart: without a name for each start, the addresses of dead processes are
-            # found there (pytorch issue 135712). On several machines the count of restarts need not agree.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store_of_this_start(world), rank=rank, world_size=world)
     return rank, world, device
+
+
+def rank_and_world():
+    """This process's number and how many there are; 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def store_of_this_start(world):
+    """torchrun's store outlives a restart: without a name for each start, the addresses of dead processes are found
+    there (pytorch issue 135712). None on several machines, whose counts of restarts need not agree."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["LOCAL_WORLD_SIZE"] != str(world):
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def all_gather(*tensors):
@@ -51,9 +59,9 @@ def all_gather(*tensors):
         return tensors
     gathered = []
     for x in tensors:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.detach().contiguous())
-        gathered.append(torch.cat(parts))
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.detach().contiguous())
+        gathered.append(torch.cat(rows))
     return tuple(gathered)
 
 
@@ -66,28 +74,13 @@ def gather_objects(value):
     return values
 
 
-def share_buffers(network):
-    """Give every process the first one's BatchNorm statistics, which a checkpoint has (DDP does so a step late)."""
-    if dist.is_initialized():
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def on_first(function, *args, **kwargs):
-    """Run on the first process alone and give every process the result, or the error."""
-    box = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            box = [(function(*args, **kwargs), None)]
-        except Exception as error:
-            box = [(None, error)]
-    if dist.is_initialized():
-        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")     # the first scan of Kinetics takes hours
-        dist.broadcast_object_list(box, group=patient)
-    result, error = box[0]
-    if error is not None:
-        raise error
-    return result
+def any_process(flag):
+    """Whether the flag is True on any process; on CPUs, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes)
+    return votes.item() > 0
 
 
 def mean_over_processes(values):
@@ -96,24 +89,57 @@ def mean_over_processes(values):
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-    parts = flat.split([value.numel() for value in values.values()])
-    return {name: part.tolist() if value.ndim else part.item() for (name, value), part in zip(values.items(), parts)}
+    pieces = flat.split([value.numel() for value in values.values()])
+    return {name: piece.tolist() if value.ndim else piece.item() for (name, value), piece in zip(values.items(), pieces)}
+
+
+def share_buffers(network):
+    """Give every process the first one's BatchNorm statistics, which a checkpoint has."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def on_first(function, *args, **kwargs):
+    """Run on the first process alone and give every process the result, or the error."""
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = function(*args, **kwargs)
+        except Exception as problem:
+            error = problem
+    if dist.is_initialized():
+        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")     # the first scan of Kinetics takes hours
+        box = [(result, error)]
+        dist.broadcast_object_list(box, group=patient)
+        dist.destroy_process_group(patient)                                     # its threads and open files
+        result, error = box[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def run(main):
     """Call main(); what the user can put right ends in one sentence and exit status 1, not in a traceback."""
     sys.stdout.reconfigure(errors="surrogateescape")                            # names of files are any bytes
+    script = Path(sys.argv[0]).name
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full (a smaller --batch-size or --size, or "
-                 f"more of --accumulate): {error}")
+        sys.exit(f"{script}: error: the GPU's memory is full (a smaller --batch-size or --size, or more of "
+                 f"--accumulate): {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
-    except (ValueError, OSError, VideoError) as error:                          # of a loader's process: its last line
-        sentence = re.sub(r"\ACaught .* in DataLoader worker .*^[\w.]+: ", "", str(error), flags=re.S | re.M).strip()
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
-    finally:                                                                    # loaders' processes ignore SIGTERM, by
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                           # which Python would end them at exit
-        for child in multiprocessing.active_children():
-            child.kill()
+        sys.exit(f"{script}: interrupted")
+    except (ValueError, OSError, VideoError) as error:
+        sys.exit(f"{script}: error: {error}")
+    finally:
+        end_loader_processes()
+
+
+def end_loader_processes():
+    """They ignore SIGTERM, by which Python would end them at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
