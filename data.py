@@ -5,18 +5,18 @@ Shapes: B videos, 2 clips p and q, T frames, H x W pixels; frames are uint8 RGB.
 import functools
 import os
 import random
-from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
+from common.colour import jitter, seeded
 from common.loading import load
 from common.splits import unreadable
 from common.video import VideoError, decode, reason
+
+LONGEST = 2 ** 24                                                               # frames of a video: days
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,33 @@ def sample_pair(lengths, T=16, speeds=(1, 2, 4, 8), rng=random):
     speed and direction [p, q] as class numbers, order 0 before | 1 after | 2 overlap, pq an int that is equal
     exactly where the relative transformations are. ValueError: a video too short for T frames.
     """
-    p, q = (sample_tau(min(lengths), T, speeds, rng) for _ in "pq")
+    p = sample_tau(min(lengths), T, speeds, rng)
+    q = sample_tau(min(lengths), T, speeds, rng)
     first, last = min(p.start, q.start), max(p.end(T), q.end(T))
     slides = [rng.randint(-first, n - 1 - last) for n in lengths]               # moves both clips of a video together
     pairs = [(replace(p, start=p.start + s), replace(q, start=q.start + s)) for s in slides]
-    # paper silent: order is read on the source timeline; clips whose intervals touch overlap, whatever frames they show
-    order = 0 if p.end(T) < q.start else 1 if q.end(T) < p.start else 2
-    pq = q.start - p.start                                                      # the shift, in source frames ...
-    for value in (p.speed, q.speed, p.reverse, q.reverse):
-        pq = pq * 1024 + value                                                  # ... and what else makes pq, as digits
-    labels = dict(speed=[speeds.index(t.speed) for t in (p, q)], direction=[int(t.reverse) for t in (p, q)],
-                  order=order, pq=pq)
+    labels = dict(speed=[speeds.index(p.speed), speeds.index(q.speed)], direction=[int(p.reverse), int(q.reverse)],
+                  order=order_of(p, q, T), pq=id_of(p, q))
     return pairs, labels
+
+
+def order_of(p, q, T):
+    """Sec. 3.2: 0 τ_p(x) comes entirely before τ_q(x) | 1 entirely after | 2 they overlap.
+
+    # paper silent: on the source timeline; clips whose intervals touch overlap, whatever frames they show.
+    """
+    if p.end(T) < q.start:
+        return 0
+    if q.end(T) < p.start:
+        return 1
+    return 2
+
+
+def id_of(p, q):
+    """The relative transformation pq as one int: shift from p to q in source frames, speeds and directions."""
+    shift = q.start - p.start
+    values = shift + LONGEST, p.speed, q.speed, p.reverse, q.reverse
+    return int(np.ravel_multi_index(values, (2 * LONGEST, 1024, 1024, 2, 2)))
 
 
 def fitting_step(length: int, T: int = 16, step: int = 4) -> int:
@@ -80,8 +95,13 @@ def eval_windows(length: int, T: int = 16, step: int = 4, windows: int = 10) -> 
     """
     step = fitting_step(length, T, step)
     room = max(0, length - 1 - step * (T - 1))
-    starts = [round(room * k / max(1, windows - 1)) for k in range(windows)] if windows > 1 else [room // 2]
-    return [[min(start + step * t, length - 1) for t in range(T)] for start in starts]
+    starts = np.linspace(0, room, windows).round().astype(int).tolist() if windows > 1 else [room // 2]
+    return [clip_frames(length, start, T, step) for start in starts]
+
+
+def clip_frames(length, start, T, step):
+    """T source frames, `step` apart; a video that ends before repeats its last frame."""
+    return [min(start + step * t, length - 1) for t in range(T)]
 
 
 # ---- Batches for pre-training (Fig. 3) ----
@@ -93,23 +113,48 @@ def epoch_order(seed, epoch, videos):
 
 
 class Videos(torch.utils.data.Dataset):
-    """What the scan knows of some videos, in flat arrays that all loader processes share: files, shapes (frames,
-    height, width), packets one after the other; zeros for what is not there. split, index: of load_split and scan."""
+    """Some videos and what the scan knows of them, in flat arrays, which loader processes share instead of copying.
+
+    split, paths, index: of load_split, usable and scan. files: (V,) bytes; shapes: (V, 3) frames, height, width, zeros
+    for what is not there; packets: what `decode` goes by, one video's after the other's.
+    """
 
     def __init__(self, split, paths, index):
         entries = [index.get(path, (0, 0, 0, "", "")) for path in paths]
+        packets = [entry[4].encode() for entry in entries]
         self.files = np.array([os.fsencode(split.found.get(path, "")) for path in paths])
         self.shapes = np.array([entry[:3] for entry in entries])
-        self.packets = torch.tensor(np.frombuffer("".join(entry[4] for entry in entries).encode(), np.uint8))
-        self.bounds = np.cumsum([0, *(len(entry[4]) for entry in entries)])     # of each one's packets
+        self.packets = torch.tensor(np.frombuffer(b"".join(packets), np.uint8))
+        self.bounds = np.cumsum([0] + [len(text) for text in packets])
 
     def __len__(self):
         return len(self.files)
 
     def decode(self, v, frames, size, boxes=None):
-        """`decode` of video v"""
+        """`decode` of video v. VideoError: its file does not give these frames; the error's video is v."""
         packets = self.packets[self.bounds[v]:self.bounds[v + 1]].numpy().tobytes()
-        return decode(os.fsdecode(self.files[v]), frames, size, boxes, packets)
+        try:
+            return decode(os.fsdecode(self.files[v]), frames, size, boxes, packets)
+        except VideoError as error:
+            error.video = v
+            raise
+
+    def with_replacements(self, videos, rng, read):
+        """What read(videos) gives, where a video that cannot be read is replaced by another, at most ten times.
+
+        What replaces it is a function of rng. -> read's dict, and failed: [(file, problem)] of the videos replaced.
+        """
+        failed = []
+        while len(failed) < 10:
+            try:
+                return read(videos) | dict(failed=failed)
+            except VideoError as error:
+                failed.append((os.fsdecode(self.files[error.video]), str(error)))
+                others = [w for w in range(len(self.files)) if w not in videos]
+                if not others:
+                    break
+                videos[videos.index(error.video)] = rng.choice(others)
+        raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
 
 
 class Pairs(Videos):
@@ -136,44 +181,56 @@ class Pairs(Videos):
         problem)] of the videos replaced."""
         epoch, group = key
         order = epoch_order(self.seed, epoch, len(self.files))
-        videos, failed = list(order[2 * group:2 * group + 2]), []
+        videos = order[2 * group:2 * group + 2].tolist()
         rng = random.Random(repr((self.seed, epoch, group)))
-        while len(failed) < 10:
-            lengths = [int(self.shapes[v, 0]) for v in videos]
-            if self.equivariance == "spatial":                                  # Sec. 4.1: "consistent temporal ..."
-                pairs, labels = [(tau, tau) for tau in (sample_tau(n, self.T, self.speeds, rng) for n in lengths)], {}
-            else:
-                pairs, labels = sample_pair(lengths, self.T, self.speeds, rng)
+
+        def read(videos):
+            pairs, labels = self.draw_taus(videos, rng)
             if self.equivariance != "temporal":
                 labels["pq"] = epoch * len(self) + group                        # continuous views: no two groups' agree
-            shared = [rng.getrandbits(63) for _ in range(self.clips)]
-            clips, seeds = [], []
-            try:
-                for v, pair in zip(videos, pairs):
-                    own = [rng.getrandbits(63) for _ in range(self.clips)]
-                    height, width = self.shapes[v if self.equivariance == "temporal" else videos[0], 1:]
-                    views = [draw_view(int(height), int(width), seed)
-                             for seed in (own if self.equivariance == "temporal" else shared)]
-                    clips += self.read(v, pair, views)
-                    seeds.append([rng.getrandbits(63) for _ in range(self.clips)])
-            except VideoError as error:                                         # a deterministic replacement
-                failed.append((os.fsdecode(self.files[v]), str(error)))
-                others = [w for w in range(len(self.files)) if w not in videos]
-                if not others:
-                    break
-                videos[videos.index(v)] = rng.choice(others)
-                continue
-            two = dict(clips=clips, seed=torch.tensor(seeds), video=torch.tensor([int(v) for v in videos]),
-                       start=torch.tensor([[tau.start for tau in pair] for pair in pairs]))
-            return two | {name: torch.tensor([label, label]) for name, label in labels.items()} | dict(failed=failed)
-        raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
+            views, seeds = self.draw_sigmas(videos, rng)
+            clips = []
+            for row in zip(videos, pairs, views):
+                clips += self.read(*row)
+            starts = [[p.start, q.start] for p, q in pairs]
+            both = {name: torch.tensor([label, label]) for name, label in labels.items()}
+            return both | dict(clips=clips, seed=torch.tensor(seeds), video=torch.tensor(videos),
+                               start=torch.tensor(starts))
+
+        return self.with_replacements(videos, rng, read)
+
+    def draw_taus(self, videos, rng):
+        """(τ_p, τ_q) of each video, and their labels: see sample_pair."""
+        lengths = self.shapes[videos, 0].tolist()
+        if self.equivariance == "spatial":                                      # Sec. 4.1: "consistent temporal ..."
+            taus = [sample_tau(n, self.T, self.speeds, rng) for n in lengths]
+            return [(tau, tau) for tau in taus], {}
+        return sample_pair(lengths, self.T, self.speeds, rng)
+
+    def draw_sigmas(self, videos, rng):
+        """σ ~ S of each clip (Sec. 3.1) -> views and colour seeds, a row a video: see draw_view, draw_colour."""
+        shared = draw_seeds(rng, self.clips)
+        views, colours = [], []
+        for v in videos:
+            seeds, shape = draw_seeds(rng, self.clips), self.shapes[v, 1:]
+            if self.equivariance != "temporal":                                 # in shares of the first one's picture
+                seeds, shape = shared, self.shapes[videos[0], 1:]
+            views.append([draw_view(*shape.tolist(), seed) for seed in seeds])
+            colours.append(draw_seeds(rng, self.clips))
+        return views, colours
 
     def read(self, v, pair, views):
         """All clips of video v from one decode, p, q and perhaps again p, q -> n of uint8 (T, 3, size, size)."""
-        frames = [n for tau in pair for n in tau.frames(self.T)] * (self.clips // 2)    # nT frame numbers
+        p, q = pair
+        frames = (p.frames(self.T) + q.frames(self.T)) * (self.clips // 2)      # nT frame numbers
         boxes = [box for box, _ in views for _ in range(self.T)]                # nT boxes: constant over a clip
         clips = self.decode(v, frames, self.size, boxes).unflatten(0, (-1, self.T))
         return [clip.flip(-1) if flip else clip for clip, (_, flip) in zip(clips, views)]
+
+
+def draw_seeds(rng, n):
+    """n ints, of which each makes one draw of torch's (see seeded)."""
+    return [rng.getrandbits(63) for _ in range(n)]
 
 
 def collate(items):
@@ -192,10 +249,16 @@ def step_loader(dataset, items, first, last, workers=0, rank=0, world=1):
     items: groups (Pairs) or clips (Clips) in a global batch, which is the same whatever the number of processes.
     # paper silent: the rest of an epoch, fewer than `items`, is left out.
     """
-    steps, share = len(dataset) // items, items // world                        # steps in an epoch, items of a process
-    keys = ([(step // steps, step % steps * items + rank * share + k) for k in range(share)]
-            for step in range(first, last))
+    keys = step_keys(len(dataset) // items, items, first, last, rank, items // world)
     return load(dataset, workers, batch_sampler=keys, collate_fn=collate)
+
+
+def step_keys(steps_an_epoch, items, first, last, rank, share):
+    """For each step the (epoch, number) of this process's share of the batch."""
+    for step in range(first, last):
+        epoch, place = divmod(step, steps_an_epoch)
+        mine = place * items + rank * share
+        yield [(epoch, number) for number in range(mine, mine + share)]
 
 
 # ---- Clips for judging (Sec. 3.4, 4) ----
@@ -213,23 +276,20 @@ class Clips(Videos):
     def __getitem__(self, key):
         """-> dict: clips [uint8 (T, 3, H, W)]; label, colour seed, video (1,); failed: [(file, problem)] replaced."""
         epoch, place = key
-        v, failed = int(epoch_order(self.seed, epoch, len(self.files))[place]), []
+        v = int(epoch_order(self.seed, epoch, len(self.files))[place])
         rng = random.Random(repr((self.seed, epoch, place)))
-        while len(failed) < 10:
-            length, height, width = map(int, self.shapes[v])
+
+        def read(videos):
+            v = videos[0]
+            length, height, width = self.shapes[v].tolist()
             step = fitting_step(length, self.T, self.step)
             start = rng.randint(0, max(0, length - 1 - step * (self.T - 1)))
             box, flip = draw_view(height, width, rng.getrandbits(63))
-            try:
-                frames = [min(start + step * t, length - 1) for t in range(self.T)]
-                clip = self.decode(v, frames, self.size, [box] * self.T)
-            except VideoError as error:
-                failed.append((os.fsdecode(self.files[v]), str(error)))
-                v = rng.randrange(len(self.files))
-                continue
+            clip = self.decode(v, clip_frames(length, start, self.T, step), self.size, [box] * self.T)
             return dict(clips=[clip.flip(-1) if flip else clip], label=torch.tensor([self.labels[v]]),
-                        seed=torch.tensor([rng.getrandbits(63)]), video=torch.tensor([v]), failed=failed)
-        raise VideoError(f"{len(failed)} videos in a row are unreadable, the last: {failed[-1][1]}")
+                        seed=torch.tensor([rng.getrandbits(63)]), video=torch.tensor([v]))
+
+        return self.with_replacements([v], rng, read)
 
 
 class Windows(Videos):
@@ -248,7 +308,8 @@ class Windows(Videos):
         """-> v, uint8 (windows, T, 3, h, w) and "", or None and the problem: nothing is ever replaced."""
         if v in self.problems:
             return v, None, self.problems[v]
-        frames = sum(eval_windows(int(self.shapes[v, 0]), self.T, self.step, self.windows), [])
+        windows = eval_windows(int(self.shapes[v, 0]), self.T, self.step, self.windows)
+        frames = [n for window in windows for n in window]
         try:
             clips = self.decode(v, frames, self.side)
             return v, clips.unflatten(0, (-1, self.T)), ""
@@ -259,17 +320,8 @@ class Windows(Videos):
 # ---- Augmentation S (Sec. 3.4) ----
 
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)   # paper silent: torchvision's video networks'
-# paper silent: no figures for crop and colour; area from the authors' earlier code, colour from SimCLR [10], no blur
+# paper silent: no figures; the area is that of the authors' earlier code
 CROP = v2.RandomResizedCrop(1, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3))
-JITTER, JITTERED, GREY = v2.ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8, 0.2            # the last two: probabilities
-
-
-@contextmanager
-def seeded(seed):
-    """Inside, torch's random numbers on the CPU are a function of seed alone; afterwards they go on as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def draw_view(height, width, seed):
@@ -280,70 +332,14 @@ def draw_view(height, width, seed):
     return (crop["top"] / height, crop["left"] / width, crop["height"] / height, crop["width"] / width), flip
 
 
-def brightness(x, factor):
-    return x * factor
-
-
-def contrast(x, factor):
-    return torch.lerp(TF.rgb_to_grayscale(x).mean((-3, -2, -1), keepdim=True), x, factor)
-
-
-def saturation(x, factor):
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor)
-
-
-def hue(x, shift):
-    """Darkest and brightest value stay; the third follows from HSV's angle h, in sixths of a turn: red 0, green 2."""
-    red, green, blue = x.split(1, dim=-3)
-    high = torch.maximum(torch.maximum(red, green), blue)                       # amax is slow over so few
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = high - low
-    h = torch.where(high == green, 2 * chroma + blue - red, 4 * chroma + red - green)
-    h = torch.where(high == red, green - blue, h).div_(chroma.clamp(min=1e-6)).add_(6 * shift)
-    away = torch.cat([h, h - 2, h - 4], dim=-3)                                 # from red, green and blue: a value is
-    return away.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)   # high up to 1 away, low from 2 on
-
-COLOURS = brightness, contrast, saturation, hue                                 # in the order of ColorJitter
-
-
-def draw_colour(seed):
-    """The colour part of σ, as torchvision's ColorJitter and RandomGrayscale draw it.
-
-    -> [(place in COLOURS, factor or shift), ...] in the order in which they are applied: at most five.
-    """
-    with seeded(seed):
-        steps = []
-        if torch.rand(()) < JITTERED:
-            drawn = JITTER.make_params([])
-            steps = [(k, drawn[f"{COLOURS[k].__name__}_factor"]) for k in drawn["fn_idx"].tolist()]
-        return steps + [(COLOURS.index(saturation), 0.0)] * (torch.rand(()).item() < GREY)
-
-
 def colour(clips: torch.Tensor, seeds: list) -> torch.Tensor:
     """The colour part of σ ~ S, constant over a clip, drawn for each clip on its own; then the network's input.
 
     clips: uint8 (N, T, 3, H, W) on any device, which is not waited for; seeds: N ints -> float32 (N, 3, T, H, W).
-    Equals torchvision's v2 on floats (on uint8, which v2 cuts off after each step, it is 1.1 of 255 darker on average).
+    Equals torchvision's v2.ColorJitter and RandomGrayscale on floats.
     """
     few = max(1, 2 ** 20 // clips[0].numel()) if clips.device.type == "cpu" else len(clips)     # what fits its cache
     return torch.cat([normalise(jitter(part, seeds[few * k:])) for k, part in enumerate(clips.split(few))])
-
-
-def jitter(clips, seeds):
-    """`colour` before normalisation: in the n-th round, each clip's n-th step -> float32 (N, T, 3, H, W), 0 ... 255."""
-    rounds = defaultdict(list)
-    for clip, seed in zip(range(len(clips)), seeds):
-        for n, (k, factor) in enumerate(draw_colour(seed)):
-            rounds[n, k].append((clip, factor))
-    drawn = sum(rounds.values(), [])
-    drawn = torch.tensor(drawn, pin_memory=clips.is_cuda).view(len(drawn), 2).to(clips.device, non_blocking=True)
-    parts = dict(zip(rounds, drawn.split([len(part) for part in rounds.values()])))
-    x = clips.contiguous().float()                                              # colours apart are quicker to work on
-    for n, k in sorted(rounds):
-        row, factor = parts[n, k].unbind(1)
-        row, factor = row.long(), factor.view(-1, 1, 1, 1, 1)
-        x[row] = COLOURS[k](x[row], factor).clamp_(0, 255)
-    return x
 
 
 def augmented(clips, seeds):

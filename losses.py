@@ -2,6 +2,10 @@
 
 Pure functions on tensors: any of them, pasted into another project together with `d`, works there as it is.
 i, j, k are videos; p, q, r, s their clips; ψ_i^pq encodes the relative transformation from clip p to clip q.
+
+ValueError, from each: shapes that do not fit, an anchor without any positive, similarities (or their sums over the
+keys) that are not finite. The last two on a CPU alone: a GPU, where to look at values is to wait, gives a loss that is
+not finite.
 """
 import torch
 import torch.nn.functional as F
@@ -11,8 +15,6 @@ def d(x: torch.Tensor, y: torch.Tensor, lam: float = 0.1) -> torch.Tensor:
     """Eq. 2 for all pairs: d(x, y) = exp(x · stopgrad(y) / (λ ‖x‖ ‖stopgrad(y)‖)).
 
     x: (N, D), y: (M, D), floating point -> (N, M), float32 even under autocast (float64 if x is).
-    ValueError: shapes that do not fit, or similarities (or their sum over the keys) that are not finite; these last
-    on a CPU alone, since a GPU would have to be waited for: there they come out as they are, and so does the loss.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"d needs x (N, D) and y (M, D), but x is {tuple(x.shape)} and y is {tuple(y.shape)}")
@@ -37,15 +39,12 @@ def loss_equi(psi: torch.Tensor, i: torch.Tensor, pq: torch.Tensor, keys: tuple 
     keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None.
           Eq. 2 stops the gradient at the keys, so a gather without gradient is exact.
     -> scalar: for each anchor the mean over its positives j, each with its own denominator; then the mean over anchors.
-    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive; on a GPU, where to
-    look at values is to wait, the last two give a loss that is not finite.
     """
     psi_k, k, rs = (psi, i, pq) if keys is None else keys
     sim = d(psi, psi_k, lam)                                    # (N, M)  d(ψ_i^pq, ψ_k^rs)
     if not (i.shape == pq.shape == psi.shape[:1] and k.shape == rs.shape == psi_k.shape[:1]):
-        raise ValueError(f"loss_equi needs one video id i and one transformation id pq a row, but psi is "
-                         f"{tuple(psi.shape)}, i {tuple(i.shape)}, pq {tuple(pq.shape)}; keys: psi "
-                         f"{tuple(psi_k.shape)}, i {tuple(k.shape)}, pq {tuple(rs.shape)}")
+        shapes = ", ".join(str(tuple(x.shape)) for x in (psi, i, pq, psi_k, k, rs))
+        raise ValueError(f"loss_equi needs psi (N, D), i (N,), pq (N,), and the keys' (M, D), (M,), (M,), but got {shapes}")
     same_i = i[:, None] == k                                    # (N, M)  k = i
     same_pq = pq[:, None] == rs                                 # (N, M)  rs = pq
     positive = same_pq & ~same_i                                # (N, M)  ψ_j^pq, j ≠ i
@@ -64,15 +63,12 @@ def loss_inst(phi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, keys: tuple |
     phi: (N, D) anchors φ_i^p;  i: (N,) video ids, over all processes (Eq. 1);  p: (N,) which of the video's clips.
     keys: the same triple gathered over all processes, (M, D), (M,), (M,); the anchors themselves if None (see Eq. 1).
     -> scalar: for each anchor the mean over its positives q, each with its own denominator; then the mean over anchors.
-    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive; on a GPU, where to
-    look at values is to wait, the last two give a loss that is not finite.
     """
     phi_j, j, r = (phi, i, p) if keys is None else keys
     sim = d(phi, phi_j, lam)                                    # (N, M)  d(φ_i^p, φ_j^r)
     if not (i.shape == p.shape == phi.shape[:1] and j.shape == r.shape == phi_j.shape[:1]):
-        raise ValueError(f"loss_inst needs one video id i and one clip id p a row, but phi is "
-                         f"{tuple(phi.shape)}, i {tuple(i.shape)}, p {tuple(p.shape)}; keys: phi "
-                         f"{tuple(phi_j.shape)}, i {tuple(j.shape)}, p {tuple(r.shape)}")
+        shapes = ", ".join(str(tuple(x.shape)) for x in (phi, i, p, phi_j, j, r))
+        raise ValueError(f"loss_inst needs phi (N, D), i (N,), p (N,), and the keys' (M, D), (M,), (M,), but got {shapes}")
     same_i = i[:, None] == j                                    # (N, M)  j = i
     same_p = p[:, None] == r                                    # (N, M)  r = p
     positive = same_i & ~same_p                                 # (N, M)  φ_i^q, q ≠ p
@@ -95,15 +91,12 @@ def loss_distinct(chi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, s: torch.
           of the clip.
     keys: the same four gathered over all processes; the anchors themselves if None (see Eq. 1).
     -> scalar: for each anchor the mean over its positives t, each with its own denominator; then the mean over anchors.
-    ValueError: shapes that do not fit, values that are not finite, an anchor without any positive; on a GPU, where to
-    look at values is to wait, the last two give a loss that is not finite.
     """
     chi_j, j, r, u = (chi, i, p, s) if keys is None else keys
     sim = d(chi, chi_j, lam)                                    # (N, M)  d(χ_i^ps, χ_j^ru)
     if not (i.shape == p.shape == s.shape == chi.shape[:1] and j.shape == r.shape == u.shape == chi_j.shape[:1]):
-        raise ValueError(f"loss_distinct needs one i, one p and one s a row, but chi is {tuple(chi.shape)}, i "
-                         f"{tuple(i.shape)}, p {tuple(p.shape)}, s {tuple(s.shape)}; keys: chi {tuple(chi_j.shape)}, i "
-                         f"{tuple(j.shape)}, p {tuple(r.shape)}, s {tuple(u.shape)}")
+        shapes = ", ".join(str(tuple(x.shape)) for x in (chi, i, p, s, chi_j, j, r, u))
+        raise ValueError(f"loss_distinct needs chi (N, D), i, p, s (N,), and the same of the keys, but got {shapes}")
     same_ip = (i[:, None] == j) & (p[:, None] == r)             # (N, M)  (j, r) = (i, p)
     same_s = s[:, None] == u                                    # (N, M)  u = s
     positive = same_ip & ~same_s                                # (N, M)  χ_i^pt, t ≠ s
