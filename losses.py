@@ -44,7 +44,7 @@ def loss_equi(psi: torch.Tensor, i: torch.Tensor, pq: torch.Tensor, keys: tuple 
     sim = d(psi, psi_k, lam)                                    # (N, M)  d(ψ_i^pq, ψ_k^rs)
     if not (i.shape == pq.shape == psi.shape[:1] and k.shape == rs.shape == psi_k.shape[:1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (psi, i, pq, psi_k, k, rs))
-        raise ValueError(f"loss_equi needs psi (N, D), i (N,), pq (N,), and the keys' (M, D), (M,), (M,), but got {shapes}")
+        raise ValueError(f"loss_equi needs psi (N, D), i, pq (N,), and the same of the keys, but got {shapes}")
     same_i = i[:, None] == k                                    # (N, M)  k = i
     same_pq = pq[:, None] == rs                                 # (N, M)  rs = pq
     positive = same_pq & ~same_i                                # (N, M)  ψ_j^pq, j ≠ i
@@ -68,7 +68,7 @@ def loss_inst(phi: torch.Tensor, i: torch.Tensor, p: torch.Tensor, keys: tuple |
     sim = d(phi, phi_j, lam)                                    # (N, M)  d(φ_i^p, φ_j^r)
     if not (i.shape == p.shape == phi.shape[:1] and j.shape == r.shape == phi_j.shape[:1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (phi, i, p, phi_j, j, r))
-        raise ValueError(f"loss_inst needs phi (N, D), i (N,), p (N,), and the keys' (M, D), (M,), (M,), but got {shapes}")
+        raise ValueError(f"loss_inst needs phi (N, D), i, p (N,), and the same of the keys, but got {shapes}")
     same_i = i[:, None] == j                                    # (N, M)  j = i
     same_p = p[:, None] == r                                    # (N, M)  r = p
     positive = same_i & ~same_p                                 # (N, M)  φ_i^q, q ≠ p

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from common.files import check_writable
 from common.flags import judging_parser, known_flags, parse_and_check
-from common.judging import (average_crops, default_out, extract, in_words, judged, load_for_judging, random_beside, told,
-                            write_result)
+from common.judging import (average_crops, default_out, extract, in_words, judged, load_for_judging, random_beside,
+                            told, write_result)
 from common.processes import init_distributed, on_first, run, share_buffers
 from common.splits import list_and_scan, sources, unreadable
 from data import Windows
@@ -139,7 +139,10 @@ def judge(gallery, query, expected, ks, device):
 
 def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
     """1-NN accuracy (Table 1) among up to `most` training videos, so that a bad run is seen early; a video's own source
-    (UCF101's group) does not count as a neighbour. -> {knn: accuracy, knn_chance: that of always naming the most frequent class}."""
+    (UCF101's group) does not count as a neighbour.
+
+    -> {knn: accuracy, knn_chance: that of always naming the most frequent class}
+    """
     paths = paths[::-(-len(paths) // most)]
     label = dict(zip(split.paths, split.labels))
     windows = Windows(replace(split, paths=paths), index, args.frames, args.size, windows=1)

@@ -90,7 +90,7 @@ def mean_over_processes(values):
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
     pieces = flat.split([value.numel() for value in values.values()])
-    return {name: piece.tolist() if value.ndim else piece.item() for (name, value), piece in zip(values.items(), pieces)}
+    return {name: piece.view(value.shape).tolist() for (name, value), piece in zip(values.items(), pieces)}
 
 
 def share_buffers(network):
