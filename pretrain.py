@@ -48,6 +48,8 @@ def parse_args(argv=None):
     group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well (pip install tensorboard)")
     group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
                        help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
+    group.add_argument("--keep-every", type=int, default=0, metavar="STEPS",
+                       help="keep F every so many steps besides, as OUT/backbone-STEP.pt; 0: never")
     args = parse_and_check(parser, argv)
 
     args.losses, args.speeds = sorted(set(args.losses), key=TERMS.index), sorted(set(args.speeds))
@@ -229,7 +231,12 @@ def wrapped(model, args, device):
 def save_all(out, args, world, step, state):
     """OUT/checkpoint.pt, from which a run goes on, and OUT/backbone.pt, F alone for the judges."""
     save(out, args, world, step, **state)
-    save_checkpoint(out / "backbone.pt", arch=args.arch, backbone=state["model"].backbone.state_dict(), args=vars(args))
+    save_backbone(out / "backbone.pt", state["model"], args)
+
+
+def save_backbone(file, model, args):
+    """F alone, with the run's arguments, for the judges."""
+    save_checkpoint(file, arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
 
 
 def next_command(args, backbone):
@@ -286,6 +293,8 @@ def main(argv=None):
 
         if progress.saves(step):
             save_all(out, args, world, step, state)
+        if args.keep_every and step % args.keep_every == 0 and rank == 0:
+            save_backbone(out / f"backbone-{step}.pt", model, args)
         if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
             progress.log(step, **knn_accuracy(model.backbone, *videos, args, device))
     if step < steps:

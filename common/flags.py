@@ -11,7 +11,7 @@ from models import BACKBONES
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
 DATASETS = ("toy", "ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", "folder")
 LEAST = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
-             save_every=0, accumulate=1, knn_every=0, seed=0, weight_decay=0)
+             save_every=0, accumulate=1, knn_every=0, keep_every=0, seed=0, weight_decay=0)
 MOST = dict(frames=1024, size=1024, seed=2 ** 63 - 1)
 
 
