@@ -19,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoints import resume, save, step_scaled, warmup_cosine
+from common.checkpoints import resume, save, warmup_cosine
 from common.files import check_writable
-from common.flags import AMP, judging_parser, known_flags, optimisation_flags, parse_and_check
+from common.flags import judging_parser, known_flags, optimisation_flags, parse_and_check
 from common.judging import (average_crops, default_out, in_words, judged, load_for_judging, most_frequent, told,
                             write_result)
+from common.precision import autocast, mend_bf16_on_cpus, step_scaled
 from common.processes import init_distributed, on_first, run, share_buffers
 from common.progress import Progress
 from common.splits import check_parts, list_and_scan, unreadable, usable
@@ -71,6 +72,8 @@ def train(network, split, index, args, out, rank, world, device):
     if step == steps:
         return
     model = network
+    if device.type == "cpu":
+        mend_bf16_on_cpus(network)
     if dist.is_initialized():
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
                                         broadcast_buffers=False)                # statistics: see share_buffers
@@ -80,7 +83,7 @@ def train(network, split, index, args, out, rank, world, device):
     for step, batch in progress.batches(loaded):
         label = batch["label"].to(device, non_blocking=True)                    # (B,)
         x = colour(batch["clips"].to(device, non_blocking=True), batch["seed"].tolist())    # (B, 3, T, H, W)
-        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+        with autocast(args.amp, device):
             logits = model(x).float()                                           # (B, classes)
         loss = F.cross_entropy(logits, label)
         optimizer.zero_grad()

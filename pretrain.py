@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from common.checkpoints import resume, save, save_checkpoint, step_scaled, warmup_cosine
+from common.checkpoints import resume, save, save_checkpoint, warmup_cosine
 from common.files import check_writable
-from common.flags import AMP, optimisation_flags, parse_and_check, pretraining_parser
+from common.flags import optimisation_flags, parse_and_check, pretraining_parser
+from common.precision import autocast, mend_bf16_on_cpus, step_scaled
 from common.processes import all_gather, init_distributed, on_first, run
 from common.progress import Progress
 from common.splits import list_and_scan, usable
@@ -174,27 +175,27 @@ def frozen_statistics(network):
             norm.track_running_stats = True
 
 
-def keys_of_parts(network, parts, batch, autocast):
+def keys_of_parts(network, parts, batch, precision):
     """The keys of a whole batch, of all processes, from a first pass over its parts without gradient."""
-    with torch.no_grad(), autocast, frozen_statistics(network):
+    with torch.no_grad(), precision, frozen_statistics(network):
         outs = [network(part["clips"]) for part in parts]
     whole = {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
     return gather_keys(whole, batch)
 
 
-def forward_backward(network, batch, n, lam, autocast=contextlib.nullcontext(), scaler=None):
+def forward_backward(network, batch, n, lam, precision=contextlib.nullcontext(), scaler=None):
     """The gradient of one batch, cut into n parts: first the keys of all parts, then each part against all keys.
 
     That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
     -> {name: mean over the parts}: loss, terms, scores. ValueError: what the losses refuse, on a CPU.
     """
     parts = split_batch(batch, n)
-    keys = keys_of_parts(network, parts, batch, autocast) if n > 1 else None
+    keys = keys_of_parts(network, parts, batch, precision) if n > 1 else None
     values = defaultdict(float)
     for k, part in enumerate(parts):
         more = k < n - 1 and dist.is_initialized()                              # DDP averages the gradients once
         with network.no_sync() if more else contextlib.nullcontext():
-            with autocast:
+            with precision:
                 out = network(part["clips"])                                    # (B, 2, 3, T, H, W) -> dict
             terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
             loss = sum(terms.values())                                          # Table 1: plain sums
@@ -216,6 +217,8 @@ def new_model(args, device):
     if args.sync_bn and device.type == "cpu":
         raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
     model = TimeEquivariant(args.arch, args.losses, len(args.speeds)).to(device, memory_format=torch.channels_last_3d)
+    if device.type == "cpu":
+        mend_bf16_on_cpus(model)
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
 
 
@@ -274,7 +277,6 @@ def main(argv=None):
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
     state = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
     step = resume(out, args, world, **state)
     network = wrapped(model, args, device)
@@ -286,7 +288,7 @@ def main(argv=None):
         batch = to_device(batch, device)
         optimizer.zero_grad()
         with progress.naming_videos(step):
-            values = forward_backward(network, batch, args.accumulate, args.lam, autocast, scaler)
+            values = forward_backward(network, batch, args.accumulate, args.lam, autocast(args.amp, device), scaler)
         values |= step_scaled(scaler, optimizer, values["loss"])
         progress.done(step, schedule.get_last_lr()[0], **values)
         schedule.step()

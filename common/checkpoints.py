@@ -18,15 +18,6 @@ def warmup_cosine(optimizer, warmup, steps):
     return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), cosine], [warmup])
 
 
-def step_scaled(scaler, optimizer, loss):
-    """One step of the optimiser -> what the log tells of fp16: the share of steps left out for overflow, the scale."""
-    before = scaler.scale(torch.ones_like(loss))                                # get_scale() would wait for the device
-    scaler.step(optimizer)                                                      # leaves out a step that overflows ...
-    scaler.update()                                                             # ... and lowers the scale
-    scale = scaler.scale(torch.ones_like(loss))
-    return dict(overflow=scale < before, loss_scale=scale) if scaler.is_enabled() else {}
-
-
 def save_checkpoint(path, **state):
     """Write beside, then rename, keeping the checkpoint before: at any moment a whole one is on disk."""
     beside = path.with_suffix(".tmp")

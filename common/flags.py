@@ -4,11 +4,10 @@ import os
 import sys
 
 import numpy as np
-import torch
 
+from common.precision import AMP, default_amp
 from models import BACKBONES
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
 DATASETS = ("toy", "ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", "folder")
 LEAST = dict(frames=2, size=8, workers=0, windows=1, step=1, epochs=1, batch_size=1, warmup_epochs=0, log_every=1,
              save_every=0, accumulate=1, knn_every=0, keep_every=0, seed=0, weight_decay=0)
@@ -42,13 +41,6 @@ def paper_defaults(dataset, arch):
 def default_arch(dataset):
     """The paper's ablations use a 3D-ResNet-18 (Sec. 4.1); the toy set takes a quarter of its width."""
     return "r3d18_narrow" if dataset == "toy" else "r3d18"
-
-
-def default_amp():
-    """The mixed precision that is faster here: bf16 where the hardware has it; else fp16 on a GPU, float32 on a CPU."""
-    if not torch.cuda.is_available():
-        return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def default_workers():

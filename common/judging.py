@@ -15,8 +15,9 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from common.files import write_json
-from common.flags import AMP, default_arch, paper_defaults
+from common.flags import default_arch, paper_defaults
 from common.loading import load
+from common.precision import autocast
 from common.processes import gather_objects, rank_and_world
 from data import Windows, normalise
 from models import check_clips, load_backbone
@@ -51,7 +52,7 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
             failed[v] = problem
             continue
         clips = normalise(views_of(clips.to(device, non_blocking=True), size, crops))   # (C * W, 3, T, H, W)
-        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+        with autocast(amp, device):
             output = network(clips).float()                                     # (C * W, K)
         outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
     parts = gather_objects((outputs, failed))
