@@ -4,6 +4,7 @@ import os
 import sys
 
 import numpy as np
+import torch
 
 from common.precision import AMP, default_amp
 from models import BACKBONES
@@ -21,7 +22,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def paper_defaults(dataset, arch):
     """Sec. 3.4, 4.1, 4.2: what the paper trains with, by data set and backbone; for toy, what suits two CPU cores."""
     if dataset == "toy":
-        return dict(epochs=40, batch_size=24, frames=8, size=24, lr=2e-3, warmup_epochs=4)
+        return dict(epochs=200, batch_size=32, frames=8, size=24, lr=2e-3, warmup_epochs=10)
     defaults = dict(
         epochs=400, batch_size=192,                                             # Sec. 4.1
         frames=16, size=128,                                                    # Sec. 3.4
@@ -44,9 +45,11 @@ def default_arch(dataset):
 
 
 def default_workers():
-    """Loader processes for each process of torchrun: the cores shared out, at most 16."""
+    """Loader processes for each process of torchrun: the cores shared out, at most 16; without a GPU one core of them
+    trains."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)   # not on macOS
-    return min(16, max(1, len(mine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(mine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, cores if torch.cuda.is_available() else cores - 1))
 
 
 def known_flags(parser, argv):

@@ -19,6 +19,8 @@ def init_distributed():
     """
     cuda = torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)                                                # docs/running.md says why
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda and device.index >= torch.cuda.device_count():
         raise ValueError(f"process {device.index} of this machine has no GPU: torchrun's --nproc_per_node is at most "
