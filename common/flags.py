@@ -79,14 +79,14 @@ def shared_parser(doc, stored=""):
     return parser
 
 
-def pretraining_parser(doc, argv):
+def pretraining_parser(doc, argv, out="folder of what this run writes; None: one below runs/"):
     """The flags of pre-training, with the defaults for the --dataset and --arch in argv, which --help shows -> parser.
 
     So `python pretrain.py --dataset ucf101 --help` shows what holds for ucf101.
     """
     parser = shared_parser(doc)
     parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="official split (Sec. 4: 1)")
-    parser.add_argument("--out", help="folder of what this run writes; None: one below runs/")
+    parser.add_argument("--out", help=out)
     known = known_flags(parser, argv)
     arch = known.arch or default_arch(known.dataset)
     parser.set_defaults(arch=arch, data="toy-videos" if known.dataset == "toy" else None,
