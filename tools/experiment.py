@@ -1,16 +1,20 @@
-"""The small experiment: rows of Table 1 on UCF101-8, pre-trained from scratch with several seeds and judged alike.
+"""Rows of Table 1 and Fig. 5 at a size that can be borne, from scratch, with several seeds, all judged alike.
 
-    python tests/experiment.py --data ../shared/videos/ucf8_128 --out runs/experiment                       # one GPU
-    python tests/experiment.py --data ../shared/videos/ucf8_128 --rows random e g k --small --out runs/small    # a CPU
+    python tools/experiment.py --toy                        # the toy set, about an hour on two CPU cores
+    python tools/experiment.py --small                      # UCF101-8, the paper's 400 epochs, hours on two CPU cores
+    python tools/experiment.py                              # UCF101-8 with r3d18, on one GPU
+    python tools/experiment.py --small --draw curves.png    # SVM and psi against steps, of what is there
+    python tools/experiment.py --toy --draw table.png       # the table as a picture
 
-DATA holds UCF-101 and ucfTrainTestlist; official split 1. Each row and seed runs pretrain.py, linear_probe.py,
-retrieval.py and finetune.py, --jobs of them at a time, in OUT/ROW-SEED, with its output in OUT/ROW-SEED.txt. Whenever
-one ends, the table so far is printed and written to OUT/table.md and OUT/table.json. The same command goes on where it
-was stopped (SIGTERM saves at once). All rows have the same settings. The videos are decoded once, into memory: 7 GB.
+Each row and seed runs pretrain.py and the judges in OUT/ROW-SEED, --jobs of them at a time, with their output in
+OUT/ROW-SEED.txt. Whenever one ends, the table so far is written to OUT/table.md and OUT/table.json and printed. The
+same command goes on where it was stopped (SIGTERM saves at once). All rows of a setting have the same flags. The videos
+are decoded once, into memory, for all runs.
 """
 import argparse
 import fcntl
-import json
+import functools
+import itertools
 import multiprocessing
 import os
 import shlex
@@ -20,165 +24,173 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common                                                                   # noqa: E402
-import data                                                                     # noqa: E402
-import finetune                                                                 # noqa: E402
-import linear_probe                                                             # noqa: E402
-import pretrain                                                                 # noqa: E402
-import retrieval                                                                # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from results import FINETUNED, FOLLOWED, ROWS, draw_curves, draw_table, read_json, write_table
 
-ROWS = {                                                                        # Table 1: flags of pretrain.py
-    "random": None,                                                             # no pre-training
-    "e": "--losses inst", "f": "--losses equi", "g": "--losses speed direction order",
-    "h": "--losses inst equi", "i": "--losses inst speed direction order", "j": "--losses equi speed direction order",
-    "k": "", "b": "--equivariance spatial --losses inst equi", "c": "--equivariance both",
-    "l": "--losses inst equi speed", "m": "--losses inst equi speed order", "n": "--losses inst equi speed direction",
-    "distinct": "--losses inst distinct speed direction order"}                 # Fig. 5
-FINETUNED = ("random", "e", "g", "k")
+import data
+import finetune
+import linear_probe
+import pretrain
+import retrieval
+from common.files import write_json
+from common.flags import Formatter
+from common.processes import run
+from common.splits import load_split, scan
+from common.toy import make_toy
+from common.video import decode
 
-# What all rows have alike; finetune "": none. lr: the paper's; on the CPU 1e-3 beat 3e-3 in 200 steps of row g
-GPU = dict(network="--arch r3d18 --frames 16 --size 112",
-           pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4", judge="--windows 10",
-           finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
-SMALL = dict(network="--arch r3d18_narrow --frames 8 --size 64",
-             pretrain="--batch-size 16 --epochs 9 --warmup-epochs 1 --lr 1e-3", judge="--windows 4",
-             finetune="--batch-size 32 --epochs 10 --warmup-epochs 1 --lr 1e-3 --windows 4 --crops centre")
+# What all rows of a setting have alike; side: short side of the frames in memory; finetune "": none
+GPU = dict(
+    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=128, jobs=4, seeds=[0, 1],
+    network="--arch r3d18 --frames 16 --size 112",
+    pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4",
+    judge="--windows 10",
+    finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
+SMALL = dict(
+    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=96, jobs=2, seeds=[0, 1],
+    network="--arch r3d18_narrow --frames 8 --size 48",
+    pretrain="--batch-size 24 --epochs 400 --warmup-epochs 10 --lr 1e-3 --log-every 50 --keep-every 1000",
+    judge="--windows 10",
+    finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
+TOY = dict(
+    dataset="toy", data="toy-videos", side=32, jobs=2, seeds=[0, 1, 2],
+    network="--arch r3d18_narrow --frames 8 --size 24",
+    pretrain="",
+    judge="--windows 10",
+    finetune="")
+ORDER = {"toy": "k e g random i j f h b c distinct".split()}                    # what tells most comes first
+
 
 # ---- All videos in memory
 
-MEMORY = {}                                                                     # path -> template, frames, error
+
+def remember(settings, index):
+    """Every video of the split, its short side settings["side"] -> {absolute path: uint8 (N, h, w, 3)}."""
+    if settings["dataset"] == "toy":
+        make_toy(settings["data"])
+    found, known = {}, {}
+    for part in ("train", "test"):
+        split = load_split(settings["dataset"], settings["data"], part=part)
+        known |= scan(split, index, os.cpu_count(), progress=False)
+        found |= split.found
+
+    def read(path):
+        frames = decode(str(found[path]), range(known[path][0]), settings["side"], packets=known[path][4])
+        return frames.permute(0, 2, 3, 1).contiguous()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        videos = list(tqdm(pool.map(read, found), "into memory", len(found), unit="video"))
+    return {os.path.abspath(file): video for file, video in zip(found.values(), videos)}
 
 
-def planes(frame):
-    """The planes of an av.VideoFrame without the padding -> views, uint8 (height, width) each."""
-    return [data.as_array(plane)[:, :plane.width] for plane in frame.planes]
+def recall(memory, path, frames, size, boxes=None, packets=""):
+    """What common.video.decode gives, from frames in memory, but for rounding and what `side` took of the pixels."""
+    video = memory[os.path.abspath(path)]                                       # (N, h, w, 3)
+    height, width = video.shape[1:3]
+    if boxes is None:
+        sides = [round(side * size / min(height, width)) for side in (height, width)]
+        return resized(video[list(frames)], sides)
+    clips = []
+    for (top, left, high, wide), clip in itertools.groupby(zip(boxes, frames), lambda pair: pair[0]):
+        high, wide = max(1, round(high * height)), max(1, round(wide * width))
+        top, left = min(round(top * height), height - high), min(round(left * width), width - wide)
+        numbers = [n for _, n in clip]
+        clips.append(resized(video[:, top:top + high, left:left + wide][numbers], [size, size]))
+    return torch.cat(clips)
 
 
-def remember(path):
-    """Decode a video -> its first av.VideoFrame, the planes of all, uint8 (N, bytes), and the VideoError that ended it.
-
-    The frames themselves would take twice the memory. ValueError: not one size, or not 8-bit planes.
-    """
-    template, frames, problem = None, [], None
-    try:
-        for frame in data.read_frames(path):
-            template = template or frame
-            if (frame.format.name, frame.width, frame.height) != ("yuv420p", template.width, template.height):
-                raise ValueError(f"{path}: frame {len(frames)} is {frame.format.name}, {frame.width}x{frame.height}; "
-                                 "this experiment keeps videos of one size in yuv420p alone")
-            frames.append(np.concatenate([plane.ravel() for plane in planes(frame)]))
-    except data.VideoError as error:
-        problem = error
-    return template, np.array(frames), problem
-
-
-def recall_frames(path):
-    """What data.read_frames gives, from memory. Each frame is the template, filled anew: only so does it have all that
-    its scaling depends on, such as where chroma lies, which av does not let one set."""
-    template, frames, problem = MEMORY[os.path.abspath(path)]
-    targets = planes(template) if template else []
-    ends = np.cumsum([target.size for target in targets])[:-1]
-    for frame in frames:
-        for target, part in zip(targets, np.split(frame, ends)):
-            target[:] = part.reshape(target.shape)
-        yield template
-    if problem:
-        raise problem
-
-
-def load(root, index):
-    """Fill MEMORY with the videos of split 1, let every script read from it, and count frames."""
-    splits = [data.load_split("ucf101", root, part=part) for part in ("train", "test")]
-    files = [os.path.abspath(file) for split in splits for file in split.found.values()]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        MEMORY.update(zip(files, tqdm(pool.map(remember, files), "into memory", len(files), unit="video")))
-    data.read_frames = recall_frames
-    for split in splits:
-        data.scan(split, index, progress=False)
+def resized(frames, sides):
+    """uint8 (N, h, w, 3) -> uint8 (N, 3, *sides), as smooth as FFmpeg's."""
+    return F.interpolate(frames.permute(0, 3, 1, 2), sides, mode="bilinear", antialias=True)
 
 
 # ---- Runs
 
 
-def commands(run, settings, args):
+def commands(name, settings, out, workers):
     """The scripts that a run still needs, in order -> [(module, its arguments, the file that shows it is done)]."""
-    row, seed = run.rsplit("-", 1)
-    out = Path(args.out) / run
-    flags = ["--dataset", "ucf101", "--data", str(Path(args.data) / "UCF-101"), "--out", str(out), "--seed", seed,
-             "--index", str(Path(args.out) / "index.json"), "--workers", str(args.workers),
-             *shlex.split(settings["network"])]
-    checkpoint = ["--checkpoint", "random" if ROWS[row] is None else str(out / "backbone.pt")]
-    judge = flags + checkpoint + shlex.split(settings["judge"])
-    found = [(linear_probe, judge, out / "linear_probe-ucf101.json"),
-             (retrieval, judge + ["--k", "1", "5"], out / "retrieval-ucf101.json")]
-    if ROWS[row] is not None:                                                   # is done when it has been judged
-        found.insert(0, (pretrain, flags + shlex.split(settings["pretrain"]) + shlex.split(ROWS[row]), found[0][2]))
+    row, seed = name.rsplit("-", 1)
+    dataset, folder = settings["dataset"], out / name
+    flags = ["--dataset", dataset, "--data", settings["data"], "--seed", seed, "--workers", str(workers)]
+    flags += ["--index", str(out / "index.json"), *shlex.split(settings["network"])]
+    judge = flags + shlex.split(settings["judge"])
+    checkpoint = ["--checkpoint", "random" if ROWS[row] is None else str(folder / "backbone.pt")]
+    found = []
+    if ROWS[row] is not None:
+        training = flags + shlex.split(settings["pretrain"]) + shlex.split(ROWS[row])
+        found.append((pretrain, training + ["--out", str(folder)], folder / "pretrained"))
+    found.append((linear_probe, judge + checkpoint + ["--out", str(folder)], folder / f"linear_probe-{dataset}.json"))
+    found.append((linear_probe, judge + checkpoint + ["--C", "auto", "--out", str(folder / "auto")],
+                  folder / "auto" / f"linear_probe-{dataset}.json"))
+    found.append((retrieval, judge + checkpoint + ["--k", "1", "5", "--out", str(folder)],
+                  folder / f"retrieval-{dataset}.json"))
     if settings["finetune"] and row in FINETUNED:
-        flags += checkpoint + shlex.split(settings["finetune"])
-        found.append((finetune, flags, out / "finetune-ucf101-4x.json"))
+        tuning = flags + checkpoint + shlex.split(settings["finetune"])
+        found.append((finetune, tuning + ["--out", str(folder)], folder / f"finetune-{dataset}-4x.json"))
     return [command for command in found if not command[2].exists()]
 
 
-def work(todo, out):
-    """Do what `commands` gave, in a process of its own; its output goes to OUT.txt."""
+def on_the_way(name, settings, out, workers):
+    """linear_probe.py for the backbones that a run kept on the way, if it is one of those that are followed."""
+    row, seed = name.rsplit("-", 1)
+    found = []
+    for backbone in sorted((out / name).glob("backbone-*.pt")) if row in FOLLOWED else []:
+        folder = backbone.with_suffix("")
+        flags = ["--dataset", settings["dataset"], "--data", settings["data"], "--seed", seed]
+        flags += ["--workers", str(workers), "--index", str(out / "index.json"), *shlex.split(settings["judge"])]
+        flags += ["--checkpoint", str(backbone), "--out", str(folder)]
+        found.append((linear_probe, flags, folder / f"linear_probe-{settings['dataset']}.json"))
+    return [command for command in found if not command[2].exists()]
+
+
+def work(name, settings, out, workers, memory):
+    """Do what a run still needs, in a process of its own; its output goes to OUT/NAME.txt."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)                                                    # there are many processes
-    log = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    torch.set_num_threads(1)
+    log = os.open(out / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout.reconfigure(line_buffering=True)
-    features = {}
-
-    def extract_once(networks, args, split, index, device):
-        """linear_probe.py and retrieval.py ask for the same features."""
-        if split.title not in features:
-            features[split.title] = common.extract(networks, args, split, index, device)
-        return features[split.title]
-
-    def alone(network, args, device):
-        """The random initialisation is a row of its own, so it is not judged again beside every other."""
-        beside = argparse.Namespace(checkpoint="random")
-        name = "random" if args.checkpoint == "random" else "checkpoint"
-        return {name: common.random_beside(network, beside, device)["random"]}
-
-    for module in (linear_probe, retrieval):
-        module.extract, module.random_beside = extract_once, alone
-    for module, argv, _ in todo:
-        sys.argv = [f"{module.__name__}.py", *argv]                             # results name their command
-        print(f"$ python {shlex.join(sys.argv)}")
-        common.run(module.main)
-    for file in [*out.rglob("checkpoint.pt"), *out.rglob("*.previous.pt")]:     # large, and of no more use
-        file.unlink()
+    data.decode = functools.partial(recall, memory)
+    for plan in (commands, on_the_way):
+        for module, argv, done in plan(name, settings, out, workers):
+            sys.argv = [f"{module.__name__}.py", *argv]                         # results name their command
+            print(f"$ python {shlex.join(sys.argv)}")
+            run(module.main)
+            if module is pretrain:
+                done.touch()
 
 
-def run_all(runs, settings, args):
-    """Do what is not done yet, --jobs runs at a time -> {run: the last line of its output} of those that failed."""
-    out, running, failed = Path(args.out), {}, {}
-    waiting = [(run, todo) for run in runs if (todo := commands(run, settings, args))]
-    if waiting:
-        load(Path(args.data) / "UCF-101", out / "index.json")
-    else:
-        tell(runs, failed, settings, args)
+def unfinished(names, settings, out, workers):
+    """The runs that still have something to do."""
+    return [name for name in names
+            if commands(name, settings, out, workers) or on_the_way(name, settings, out, workers)]
+
+
+def run_all(names, settings, args, out):
+    """Do what is not done yet, --jobs runs at a time -> {name: the last line of its output} of those that failed."""
+    waiting, running, failed = unfinished(names, settings, out, args.workers), {}, {}
+    if not waiting:
+        write_table(names, failed, settings, out)
+        return failed
+    memory = remember(settings, out / "index.json")
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                run, todo = waiting.pop(0)
-                process = multiprocessing.Process(target=work, args=(todo, out / run))
+                name = waiting.pop(0)
+                process = multiprocessing.Process(target=work, args=(name, settings, out, args.workers, memory))
                 process.start()
-                running[process.sentinel] = run, process
+                running[process.sentinel] = name, process
             for sentinel in wait(list(running)):
-                run, process = running.pop(sentinel)
+                name, process = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
-                    said = (out / f"{run}.txt").read_text(errors="replace").splitlines()
-                    failed[run] = next((line for line in reversed(said) if line.strip()), f"status {process.exitcode}")
-                tell(runs, failed, settings, args)
+                    failed[name] = last_line(out / f"{name}.txt")
+                write_table(names, failed, settings, out)
     finally:                                                                    # stopped: pre-training saves its step
         for _, process in running.values():
             process.terminate()
@@ -187,130 +199,69 @@ def run_all(runs, settings, args):
     return failed
 
 
-# ---- The table
-
-JUDGED = {"linear SVM": ("linear", "linear_chance"), "1-NN": ("R@1", "R@1_chance"), "R@5": ("R@5", "R@5_chance"),
-          "fine-tuned": ("finetune", "finetune_chance")}                        # title: key, its chance; shares
-PRETEXT = {"speed": ("speed_acc", "speed_chance"), "direction": ("direction_acc", "direction_chance"),
-           "order": ("order_acc", "order_chance"), "ψ's nearest": ("psi_nearest", "psi_chance"),
-           "φ's nearest": ("phi_nearest", "phi_chance")}
-LAST = 5                                                                        # lines of the log whose mean is told
+def last_line(file):
+    """The last line that a run's output has."""
+    lines = file.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def figures(run, out):
-    """What is known of a run, from what the scripts wrote -> {name: number}, and device, a name."""
-    files = dict(linear="linear_probe-ucf101", retrieval="retrieval-ucf101", finetune="finetune-ucf101-4x")
-    result = {name: json.loads(file.read_text()) for name, file in
-              ((name, out / run / f"{file}.json") for name, file in files.items()) if file.exists()}
-    name, found = "random" if ROWS[run.rsplit("-", 1)[0]] is None else "checkpoint", {}
-    for script in {"linear", "finetune"} & result.keys():
-        found |= {script: result[script]["top1"][name], f"{script}_chance": result[script]["chance"]}
-    for k in ("R@1", "R@5") if "retrieval" in result else ():
-        found |= {k: result["retrieval"]["recall"][name][k], f"{k}_chance": result["retrieval"]["recall"]["chance"][k]}
-    if "linear" in result:
-        found["device"] = result["linear"]["device"]
-    if "linear" in result and name == "checkpoint":                             # pre-training is over
-        lines = [json.loads(line) for line in (out / run / "log.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "loss" in line]
-        trained = result["linear"]["checkpoint"]["trained_with"]
-        clips = trained["batch_size"] * (4 if "distinct" in trained["losses"] else 2)
-        steps = np.diff([line["step"] for line in lines], prepend=0)
-        found["seconds"] = float(np.sum(clips * steps / [line["clips_per_s"] for line in lines]))
-        found |= {key: float(np.mean([line[key] for line in lines[-LAST:]])) for key in lines[-1]}
-        found |= dict(steps=lines[-1]["step"], terms=" ".join(trained["losses"]))
-        if trained["equivariance"] != "temporal":
-            found["terms"] += f" ({trained['equivariance']})"
-    return found
-
-
-def spread(values, form="{:.1%}"):
-    """Mean and half the range over the seeds that have a value, in words."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    half = f" ± {form.format((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
-    return form.format(np.mean(values)) + half
-
-
-def tell(runs, failed, settings, args):
-    """Print the table so far; write OUT/table.md and OUT/table.json."""
-    out, rows, chances = Path(args.out), {}, {}
-    for run in runs:
-        found = figures(run, out)
-        if found:
-            rows.setdefault(run.rsplit("-", 1)[0], []).append(found)
-        chances |= {key: value for key, value in found.items() if key.endswith("_chance")}
-    devices = sorted({found["device"] for row in rows.values() for found in row if "device" in found})
-    lines = [f"UCF101-8, split 1, on {', '.join(devices)}{', the small version' if args.small else ''}: mean ± half "
-             f"the range over seeds; {args.jobs} runs at a time; the same for every row: "
-             + ", ".join(f"{name} `{flags}`" for name, flags in settings.items() if flags), "",
-             "| row | terms | seeds | steps | seconds | " + " | ".join(JUDGED) + " |",
-             "|---|---|---|---|---|" + "---|" * len(JUDGED)]
-    for row, found in rows.items():
-        lines.append(f"| {row} | {found[0].get('terms', '-')} | {len(found)} | {found[0].get('steps', 0)} | "
-                     f"{spread([x.get('seconds') for x in found], '{:.0f}')} | "
-                     + " | ".join(spread([x.get(key) for x in found]) for key, _ in JUDGED.values()) + " |")
-    lines += ["| chance | | | | | " + " | ".join(spread([chances.get(chance)]) for _, chance in JUDGED.values()) + " |",
-              "", f"Pre-training, means of the last {LAST} lines of the log (by chance):", "",
-              "| row | " + " | ".join(PRETEXT) + " | L_inst | L_equi |", "|---|" + "---|" * (len(PRETEXT) + 2)]
-    for row, found in rows.items():
-        if any("steps" in x for x in found):
-            cells = [spread([x.get(key) for x in found]) for key, _ in PRETEXT.values()]
-            cells = [cell and f"{cell} ({spread([np.mean([x[chance] for x in found if chance in x])])})"
-                     for cell, (_, chance) in zip(cells, PRETEXT.values())]
-            cells += [spread([x.get(key) for x in found], "{:.2f}") for key in ("inst", "equi")]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{run} failed: {line}" for run, line in failed.items())]
-    (out / "table.md").write_text("\n".join(lines))
-    data.write_json(out / "table.json", indent=1, value=dict(
-        settings=settings, small=args.small, failed=failed, runs={run: figures(run, out) for run in runs}))
-    print("\n".join(lines), flush=True)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Formatter)
-    parser.add_argument("--data", default="../shared/videos/ucf8_128", help="folder of UCF-101 and ucfTrainTestlist")
-    parser.add_argument("--out", default="runs/experiment", help="folder of all that is written")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                        help=f"of {' '.join(ROWS)} (Table 1; distinct: Fig. 5)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of each row")
-    parser.add_argument("--jobs", type=int, help="runs at a time; None: 4, with --small 2")
-    parser.add_argument("--workers", type=int, help="loader processes of a run; None: the cores shared out, with "
-                        "--small 0")
-    parser.add_argument("--small", action="store_true", help="the version for a CPU")
-    for name in GPU:
-        parser.add_argument(f"--{name}", metavar="FLAGS", help=f"of {name} for all rows; None: "
-                            f"{GPU[name]!r}, with --small {SMALL[name]!r}")
-    args = parser.parse_args()
-    args.jobs = args.jobs or (2 if args.small else 4)
-    if args.workers is None:
-        args.workers = 0 if args.small else max(1, len(os.sched_getaffinity(0)) // args.jobs)
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--toy", action="store_true", help="the toy set, on a CPU")
+    size.add_argument("--small", action="store_true", help="UCF101-8 on a CPU")
+    parser.add_argument("--data", help="folder of the videos; None: the setting's")
+    parser.add_argument("--out", help="folder of all that is written; None: one below runs/")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {' '.join(ROWS)}; None: all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of each row; None: the setting's")
+    parser.add_argument("--jobs", type=int, help="runs at a time; None: the setting's")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of a run")
+    parser.add_argument("--draw", metavar="FILE.png", help="only draw what is there (--toy: the table; else curves)")
+    for name in ("network", "pretrain", "judge", "finetune"):
+        parser.add_argument(f"--{name}", metavar="FLAGS", help="of all rows; None: the setting's")
+    args = parser.parse_args(argv)
+    name = "toy" if args.toy else "small" if args.small else "gpu"
+    args.settings = dict({"toy": TOY, "small": SMALL, "gpu": GPU}[name])
+    for key in ("data", "seeds", "jobs", "network", "pretrain", "judge", "finetune"):
+        if vars(args)[key] is not None:
+            args.settings[key] = vars(args)[key]
+    args.jobs = args.settings["jobs"]
+    args.rows = args.rows or ORDER.get(name, "k e g random i j f h b c distinct l m n".split())
+    args.out = Path(args.out or f"runs/experiment-{name}")
     return args
 
 
-def main():
-    args = parse_args()
-    multiprocessing.set_start_method("fork")                                    # loaders' processes find MEMORY, too
+def check_settings(out, settings):
+    """Refuse to mix runs of different settings in one table."""
+    file = out / "settings.json"
+    fixed = {key: settings[key] for key in ("dataset", "side", "network", "pretrain", "judge", "finetune")}
+    before = read_json(file) or fixed
+    changed = [f"{key} {before[key]!r} -> {value!r}" for key, value in fixed.items() if before[key] != value]
+    if changed:
+        raise ValueError(f"{out} holds an experiment with other settings ({'; '.join(changed)}): give another --out")
+    write_json(file, fixed)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        draw = draw_table if args.toy else draw_curves
+        draw(args.draw, args.settings, args.out)
+        return
+    multiprocessing.set_start_method("fork")                                    # runs find the frames in memory
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM: the same command goes on from here"))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = (out / "lock").open("w")                                             # held by all processes of a run
+    lock = (args.out / "lock").open("w")                                        # held by all processes of a run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"a run of this experiment is still writing to {out}: wait for it, or give another --out")
-    settings = {name: flags if vars(args)[name] is None else vars(args)[name]
-                for name, flags in (SMALL if args.small else GPU).items()}
-    file = out / "settings.json"
-    was = json.loads(file.read_text()) if file.exists() else settings
-    changed = [f"{name} {was[name]!r} -> {flags!r}" for name, flags in settings.items() if was[name] not in ("", flags)]
-    if changed:
-        raise ValueError(f"{out} holds an experiment with other settings ({'; '.join(changed)}): give another --out")
-    data.write_json(file, settings)
-    runs = [f"{row}-{seed}" for seed in args.seeds for row in args.rows]
-    failed = run_all(runs, settings, args)
-    sys.exit(f"{len(failed)} of {len(runs)} runs failed" if failed else None)
+        raise ValueError(f"a run of this experiment is still writing to {args.out}: wait for it, or give another --out")
+    check_settings(args.out, args.settings)
+    names = [f"{row}-{seed}" for seed in args.settings["seeds"] for row in args.rows]
+    failed = run_all(names, args.settings, args, args.out)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(names)} runs failed")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)
