@@ -29,8 +29,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from results import FINETUNED, FOLLOWED, ROWS, draw_curves, draw_table, read_json, write_table
-
 import data
 import finetune
 import linear_probe
@@ -42,6 +40,7 @@ from common.processes import run
 from common.splits import load_split, scan
 from common.toy import make_toy
 from common.video import decode
+from tools.results import FINETUNED, FOLLOWED, ROWS, draw_curves, draw_table, read_json, write_table
 
 # What all rows of a setting have alike; side: short side of the frames in memory; finetune "": none
 GPU = dict(

@@ -7,6 +7,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.files import write_json
+from tools.pictures import pyplot, save
 
 ROWS = {                                                                        # Table 1: flags of pretrain.py
     "random": None,                                                             # no pre-training
@@ -125,8 +126,8 @@ def write_table(names, failed, settings, out):
 
 def draw_curves(file, settings, out):
     """Linear SVM and ψ's nearest against steps, of the rows judged on the way: what is temporal comes late."""
-    plt = import_pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for row, style in zip(FOLLOWED, ("o--", "s-.", "^-")):
         for seed in settings["seeds"]:
             folder = out / f"{row}-{seed}"
@@ -149,15 +150,15 @@ def draw_curves(file, settings, out):
     right.set(xlabel="steps", ylabel="ψ's nearest has the same pq,\ntimes chance")
     for axis in (left, right):
         axis.legend()
-    figure.savefig(file, dpi=100)
+    save(figure, file)
 
 
 def draw_table(file, settings, out):
     """Linear SVM and 1-NN of each row, a mark a seed, beside random initialisation and chance."""
-    plt = import_pyplot()
+    plt = pyplot()
     names = [f"{row}-{seed}" for seed in settings["seeds"] for row in ROWS]
     rows = by_row(names, settings, out)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, (title, key) in zip(axes, (("linear SVM", "linear"), ("1-NN", "R@1"))):
         for place, (row, runs) in enumerate(rows.items()):
             values = [100 * run[key] for run in runs]
@@ -170,15 +171,4 @@ def draw_table(file, settings, out):
         axis.set_xticklabels(rows, rotation=45)
         axis.legend(loc="upper left")
     axes[0].set_ylabel("test accuracy, %")
-    figure.savefig(file, dpi=100)
-
-
-def import_pyplot():
-    """matplotlib is optional, so it is imported only here."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+    save(figure, file)
