@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"                                                 # real videos and lists; may be missing
@@ -172,7 +173,7 @@ def after_step(n, action):
         taken.append(None)
         if len(taken) == n:
             action()
-    return torch.optim.optimizer.register_optimizer_step_post_hook(count)
+    return register_optimizer_step_post_hook(count)
 
 
 @pytest.fixture
