@@ -242,34 +242,9 @@ def save_backbone(file, model, args):
     save_checkpoint(file, arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
 
 
-def next_command(args, backbone):
-    """What to type to see what F has learned: the linear probe, or neighbours where there are no official lists."""
-    checkpoint = ["--checkpoint", str(backbone)]
-    if args.dataset in ("kinetics400", "folder"):
-        words = ["retrieval.py", "--gallery", args.data, "--query", args.data, "--features", "features.npz"]
-    elif args.dataset == "toy" and args.data == "toy-videos":
-        words = ["linear_probe.py"]
-    else:
-        words = ["linear_probe.py", "--dataset", args.dataset, "--data", args.data]
-        words += ["--annotations", args.annotations] if args.annotations else []
-    return f"python {shlex.join(words + checkpoint)}"
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    out = Path(args.out)
-
-    # Distributed
-    rank, world, device = init_distributed()
-    check_batch_size(args, world)
-    if rank == 0:
-        check_writable(out=out / "checkpoint.pt")
-    torch.manual_seed(args.seed)
-
-    # Data
-    videos = on_first(prepare, args)                                            # Split, paths, index
-    pairs = training_pairs(args, *videos)
-    steps_an_epoch = len(pairs) // (args.batch_size // 2)
+def train(args, videos, pairs, rank, world, device):
+    """Pre-train, or go on doing so; writes what OUT holds. videos: of prepare; pairs: of training_pairs."""
+    out, steps_an_epoch = Path(args.out), len(pairs) // (args.batch_size // 2)
     steps = args.epochs * steps_an_epoch
 
     # Model and optimiser
@@ -281,7 +256,7 @@ def main(argv=None):
     step = resume(out, args, world, **state)
     network = wrapped(model, args, device)
 
-    # Train
+    # Steps
     loaded = step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world)
     progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args, device)
     for step, batch in progress.batches(loaded):
@@ -299,11 +274,43 @@ def main(argv=None):
             save_backbone(out / f"backbone-{step}.pt", model, args)
         if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
             progress.log(step, **knn_accuracy(model.backbone, *videos, args, device))
-    if step < steps:
+    if step < steps:                                                            # asked to stop
         if rank == 0:
             save_all(out, args, world, step, state)
         progress.leave(step)
-    print(f"next: {next_command(args, out / 'backbone.pt')}")
+
+
+def next_command(args, backbone):
+    """What to type to see what F has learned: the linear probe, or neighbours where there are no official lists."""
+    checkpoint = ["--checkpoint", str(backbone)]
+    if args.dataset in ("kinetics400", "folder"):
+        words = ["retrieval.py", "--gallery", args.data, "--query", args.data, "--features", "features.npz"]
+    elif args.dataset == "toy" and args.data == "toy-videos":
+        words = ["linear_probe.py"]
+    else:
+        words = ["linear_probe.py", "--dataset", args.dataset, "--data", args.data]
+        words += ["--annotations", args.annotations] if args.annotations else []
+    return f"python {shlex.join(words + checkpoint)}"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    backbone = Path(args.out) / "backbone.pt"
+
+    # Distributed
+    rank, world, device = init_distributed()
+    check_batch_size(args, world)
+    if rank == 0:
+        check_writable(out=backbone)
+    torch.manual_seed(args.seed)
+
+    # Data
+    videos = on_first(prepare, args)                                            # Split, paths, index
+    pairs = training_pairs(args, *videos)
+
+    # Train
+    train(args, videos, pairs, rank, world, device)
+    print(f"next: {next_command(args, backbone)}")
 
 
 if __name__ == "__main__":
