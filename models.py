@@ -116,12 +116,11 @@ BACKBONES = {"r3d18": r3d18, "r3d18_tv": r3d18_tv, "r2plus1d18": r2plus1d18, "s3
 
 
 def new_backbone(arch: str) -> nn.Module:
-    """F, freshly initialised, with `.dim` and its name `.arch`; still empty are `.args`, for training arguments, and
-    `.heads`, for the weights that a file holds beside F."""
+    """F, freshly initialised, with `.dim`, its name `.arch` and `.args`, the training arguments, still empty."""
     if arch not in BACKBONES:
         raise ValueError(f"arch is {arch!r}, but must be one of {', '.join(BACKBONES)}")
     net = BACKBONES[arch]()
-    net.arch, net.args, net.heads = arch, {}, {}
+    net.arch, net.args = arch, {}
     return net
 
 
@@ -210,8 +209,8 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
 
     path: our backbone.pt {"arch", "backbone", "args"}, our checkpoint.pt {"model", "args", ...}, a torchvision
           state dict (`arch` says of which network), or "random" for a fresh `arch`. The prefixes of DDP and
-          torch.compile do not matter; heads and classifiers in the file are ignored (see with_psi).
-    -> module (B, 3, T, H, W) -> (B, D) with `.dim`, `.arch`, `.args`, the stored training arguments or {}, and `.heads`
+          torch.compile do not matter; heads and classifiers in the file are ignored.
+    -> module (B, 3, T, H, W) -> (B, D) with `.dim`, `.arch` and `.args`, the stored training arguments or {}
     """
     if str(path) == "random":
         net = new_backbone(arch)
@@ -239,20 +238,25 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
         raise ValueError(f"{path} holds {stored_arch}, but arch is {arch}")
     net = new_backbone(arch or stored_arch)
 
-    found, heads = {}, {}
+    found, ignored = {}, Counter()
     for key, value in state.items():
-        parts = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
-        if parts[0] in ("heads", "fc", "classifier"):
-            heads[".".join(parts)] = value
+        key = plain_key(key)
+        first = key.split(".")[0]
+        if first in ("heads", "fc", "classifier"):
+            ignored[first] += 1
         else:
-            found[".".join(parts).removeprefix("backbone.")] = value
+            found[key.removeprefix("backbone.")] = value
 
     fill(net, found, path, net.arch)
-    net.args, net.heads = args, heads
-    ignored = Counter(f"{name.split('.')[0]}.*" for name in heads)
+    net.args = args
     print(f"loaded {net.arch} from {path}: {len(found)} of {len(found)} tensors"
-          + ("; ignored: " if ignored else "") + ", ".join(f"{name} ({n})" for name, n in ignored.items()))
+          + ("; ignored: " if ignored else "") + ", ".join(f"{name}.* ({n})" for name, n in ignored.items()))
     return net.eval()
+
+
+def plain_key(key):
+    """A weight's name without what DDP and torch.compile put into it."""
+    return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
 
 
 def fill(net, found, path, name):

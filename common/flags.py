@@ -94,7 +94,7 @@ def pretraining_parser(doc, argv, out="folder of what this run writes; None: one
     return parser
 
 
-def judging_parser(doc, argv, crops="centre"):
+def judging_parser(doc, argv, crops="centre", out="folder of what this run writes; None: that of --checkpoint"):
     """The flags of the three judges, with the defaults for the --dataset and --arch in argv -> parser.
 
     --checkpoint says what --arch, --frames and --size are, and there may be several splits; crops: --crops' default.
@@ -102,7 +102,7 @@ def judging_parser(doc, argv, crops="centre"):
     parser = shared_parser(doc, stored="; None: as --checkpoint has it")
     parser.add_argument("--split", type=int, choices=(1, 2, 3), nargs="+", default=[1],
                         help="official splits, of several the mean (Sec. 4; which: ours)")
-    parser.add_argument("--out", help="folder of what this run writes; None: that of --checkpoint")
+    parser.add_argument("--out", help=out)
     group = parser.add_argument_group("judging")
     group.add_argument("--checkpoint", help="backbone.pt or checkpoint.pt of pretrain.py, a torchvision state dict "
                        "of --arch, or the word random")
