@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import ROOT, fails
 
-import memory
 from models import TimeEquivariant
+from tools import memory
 
 CLIPS = 16, 32                                                                  # frames, pixels
 

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     parser.add_argument("--arch", choices=BACKBONES, nargs="+", default=list(BACKBONES), help="backbones F")
     parser.add_argument("--batch-size", type=int, default=24, help="videos a process; 24: the paper's 192 on 8 GPUs")
-    parser.add_argument("--frames", type=int, metavar="T", help="frames a clip; None: as the paper trains this backbone")
+    parser.add_argument("--frames", type=int, metavar="T", help="frames a clip; None: as in the paper's tables")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width of a clip; None: likewise")
     parser.add_argument("--amp", choices=AMP, default="bf16", help="mixed precision; off: float32")
     args = parser.parse_args(argv)
