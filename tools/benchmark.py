@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                                                  # all five parts; --help: how to run less
     python tools/benchmark.py --videos UCF-101 --shrunk UCF-101-small           # one's own videos and their shrunk copy
-    python tools/benchmark.py --parts 1 --older CHECKOUT                        # beside the reader of an older commit
+    python tools/benchmark.py --parts 1 --old CHECKOUT                          # beside the reader of an older commit
     python tools/benchmark.py --quick                                           # a rehearsal of a minute or two
 
 1. CPU time for a clip pair on one core: common.video.decode against decord, torchcodec, OpenCV and naive PyAV (what is
@@ -17,14 +17,12 @@ import argparse
 import multiprocessing
 import os
 import platform
-import random
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from math import ceil
@@ -72,7 +70,8 @@ GPU = dict(
     windows=10, extracted=(50, 100), galleries=(60000, 240000), queries=1000)
 CPU = GPU | dict(
     arch="r3d18_narrow", amp=default_amp(), size=64, batch=16, archs=("r3d18_narrow",), step_batches=(8, 16), steps=5,
-    row=1, variants=(("off", False), ("bf16", False), ("off", True)), extracted=(10, 20), galleries=(10000, 40000))
+    row=1, variants=tuple(dict.fromkeys([("off", False), ("off", True), (default_amp(), False)])),  # some lack bf16
+    extracted=(10, 20), galleries=(10000, 40000))
 QUICK = dict(
     frames=8, size=32, batch=4, files=1, pairs=2, rounds=1, batches=2, step_batches=(2, 4), steps=2, windows=2,
     variants=(("off", False),), extracted=(2, 4), galleries=(1000, 4000), queries=100)
@@ -141,7 +140,7 @@ def copies(split, folder):
 # ---- 2. The loader ----
 
 def loading(sets, s):
-    """Part 2; sets: {"originals" or "shrunk": Pairs} -> {name: {workers: clip pairs/s}}, the median of rounds in turn."""
+    """Part 2; sets: {"originals" or "shrunk": Pairs} -> {name: {workers: clip pairs/s}}, medians of rounds in turn."""
     rates = {name: defaultdict(list) for name in sets}
     for _ in range(s.rounds):
         for workers in s.workers:
@@ -313,7 +312,7 @@ def together(sets, s, device):
     for name, pairs in sets.items():
         ready = next(step_loader(pairs, s.batch // 2, 0, 1))
         step(ready)
-        for workers in s.workers[1:][-3:]:
+        for workers in [n for n in s.workers if n][-3:]:
             steps = max(s.steps, 3 * workers)                                   # batches come in bursts, one a process
             batches = step_loader(pairs, s.batch // 2, 0, steps + 3 * workers, workers)
             for _ in range(workers):                                            # to warm up
@@ -393,9 +392,12 @@ def judging(split, index, s, device):
     for G in s.galleries:
         ours, plain = in_child(searching, [(G, s.queries, False), (G, s.queries, True)], timeout=600, anew=True)
         result["retrieval"].append(dict(gallery=G, queries=s.queries, search=ours, plain=plain))
-        figures = [found if isinstance(found, str) else f"{found[0]:.2f} s, {found[1]:.2f} GB" for found in (ours, plain)]
-        print(f"  {s.queries} queries among {G} videos: search {figures[0]}; plain {figures[1]}")
+        print(f"  {s.queries} queries among {G} videos: search {search_in_words(ours)}; plain {search_in_words(plain)}")
     return result
+
+
+def search_in_words(found):
+    return found if isinstance(found, str) else f"{found[0]:.2f} s, {found[1]:.2f} GB"
 
 
 def extraction(split, index, videos, s, device):
@@ -439,13 +441,17 @@ def searching(G, Q, plain, D=512):
 
 # ---- The whole ----
 
+TITLES = {1: "reading, one core", 2: "the loader", 3: "the training step by itself", 4: "both together",
+          5: "extraction and retrieval"}
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4, 5], metavar="N",
                         help="which of the five to run (default: all)")
     parser.add_argument("--videos", nargs="+", help="files and folders (default: those in ../shared, or the toy set)")
     parser.add_argument("--shrunk", metavar="FOLDER", help="of the copy that tools/shrink.py has made of the videos")
-    parser.add_argument("--older", metavar="CHECKOUT", help="compare with the reader of this checkout of the project")
+    parser.add_argument("--old", metavar="CHECKOUT", help="compare with the reader of this checkout of the project")
     parser.add_argument("--pairs", type=int, help="clip pairs read of each file in part 1 (default: 15)")
     parser.add_argument("--files", type=int, help="files of each kind and codec in part 1 (default: 16)")
     parser.add_argument("--out", default="benchmark.json", help="where the numbers go (default: %(default)s)")
@@ -475,7 +481,7 @@ def main(argv=None):
         for part in sorted(set(args.parts)):
             print(f"{part}. {TITLES[part]}")
             since = time.perf_counter()
-            result[f"part_{part}"] = run_part(part, split, known, shrunk, args.older, s, device)
+            result[f"part_{part}"] = run_part(part, split, known, shrunk, args.old, s, device)
             result[f"part_{part}_s"] = time.perf_counter() - since
             write_json(out, result, indent=1)                                   # should the next part fail
     if {2, 4} <= set(args.parts):
@@ -483,10 +489,6 @@ def main(argv=None):
     result["seconds"] = time.perf_counter() - begun
     write_json(out, result, indent=1)
     print(f"{out}: {result['seconds']:.0f} s")
-
-
-TITLES = {1: "reading, one core", 2: "the loader", 3: "the training step by itself", 4: "both together",
-          5: "extraction and retrieval"}
 
 
 def run_part(part, split, known, shrunk, checkout, s, device):

@@ -174,8 +174,14 @@ def installed(checkout=None):
         del readers[name]
     if checkout:
         reader_of(checkout)
-        readers["older"] = functools.partial(older, checkout)
+        readers["old"] = functools.partial(older, checkout)
     return readers, absent
+
+
+def versions(readers):
+    """{reader: the version of its package}"""
+    packages = {name: PACKAGES[name].split(".")[0] for name in readers if name in PACKAGES}
+    return {name: importlib.import_module(package).__version__ for name, package in packages.items()}
 
 
 def exactness(reader, video, seeds):

@@ -1,4 +1,4 @@
-"""Part 1 of benchmark.py: CPU time for a clip pair on one core, of every reader that is installed, on the same requests.
+"""Part 1 of benchmark.py: CPU time for a clip pair on one core, of every reader installed, on the same requests.
 
 Our reader is held to three things, and what is missed is said: every frame is the right one; no other library takes
 less CPU time, on the mean of a kind of files; shrunk copies are GOALS times as quick to read, and no larger.
@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import torch
 
-from tools.readers import Floor, Video, draw_request, exactness, installed, ours
+from tools.readers import Floor, Video, draw_request, exactness, installed, ours, versions
 
 ORIGINALS, LONG, SHRUNK = "originals", "H.264 of Kinetics' size", "shrunk copies"
 GOALS = {ORIGINALS: 1.4, LONG: 6}                                               # times as fast on the shrunk copy
@@ -97,7 +97,7 @@ def timed(video, twin, readers, pairs):
             entrants[name] = floor, video
     if twin:
         entrants["shrunk"] = ours, twin
-    spent = defaultdict(list)
+    spent = {name: [] for name in entrants}
     for first in range(-TURN, pairs, TURN):
         for name in random.Random(first).sample(sorted(entrants), len(entrants)):
             reader, file = entrants[name]
@@ -113,7 +113,7 @@ def reading(split, known, shrunk, checkout, count, pairs):
     """Part 1, of up to `count` videos of each kind and codec, `pairs` clip pairs each.
 
     split, known: Split and scan; shrunk: those of the copies, or None; checkout: of an older reader, or None
-    -> files {path: {name: dict}}, summary (`summarised`), absent {reader: why it is left out}.
+    -> files {path: {name: dict}}, summary (`summarised`), versions {reader: str}, absent {reader: why it is left out}.
     """
     readers, absent = installed(checkout)
     videos = sampled([described(str(split.found[path]), known[path]) for path in split.paths], count)
@@ -128,7 +128,7 @@ def reading(split, known, shrunk, checkout, count, pairs):
         files[video.path] = compared(video, twins.get(video.path), readers, exact, pairs)
     summary = summarised(videos, twins, files)
     print_summary(summary, absent)
-    return dict(files=files, summary=summary, absent=absent)
+    return dict(files=files, summary=summary, versions=versions(readers), absent=absent)
 
 
 def twins_of(videos, split, known):
@@ -216,7 +216,7 @@ def missed(kind, name, x):
         reached = x["failed"] == 0 and x["right"] == x["asked"]
     elif name == "shrunk":
         reached = x["mean"] <= 1 / GOALS.get(kind, 1) and x["size"] <= 1
-    elif name in ("floor", "pictures", "older") or "mean" not in x:
+    elif name in ("floor", "pictures", "old") or "mean" not in x:
         reached = True
     else:
         reached = x["mean"] > 1
