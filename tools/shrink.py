@@ -1,55 +1,59 @@
-"""HEAD"""
+"""A data set once more, small and quick to read: same tree, same names, same frames; what is no video is copied.
+
+    python tools/shrink.py UCF-101 UCF-101-128
+    python tools/shrink.py K400 K400-144 --size 144 --quality 3
+
+Each video becomes MPEG-4 in MP4, whatever its suffix says: FFmpeg, and so every reader here, goes by a file's content.
+The same command goes on where it was stopped. DST/shrink.jsonl lists what could not be read, and why.
+"""
 import argparse
-import ctypes
 import errno
-import io
-import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
-from fractions import Fraction
+from contextlib import suppress
 from pathlib import Path
 
-import av
-import numpy as np
-from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from common.files import log_json
-from common.flags import Formatter
+from common.flags import Formatter, default_workers
+from common.processes import run
 from common.splits import MAX_BAD, REPORT, WORK, is_video, list_tree
-from common.video import VideoError, count_frames, read_frames, reason
+from tools.encode import Copy, File, copy_one
+
+PART = 1000                                                                     # files that the pool is given at once
 
 
-
-def shrink(argv):
-    """A data set once more, small and quick to read: same tree, same names, same frames; what is no video is copied.
-
-    Each video becomes MPEG-4 in MP4, whatever its suffix says: FFmpeg, and so every reader here, goes by a file's
-    content. The same command goes on where it was stopped. DST/shrink.jsonl lists what could not be read, and why.
-    """
-    parser = argparse.ArgumentParser("data.py shrink", description=shrink.__doc__, formatter_class=Formatter,
-                                     allow_abbrev=False)
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", help="folder of the data set; nothing in it is changed")
     parser.add_argument("target", metavar="DST", help="folder of the copy, new or left by the same command")
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="short side; never enlarged")
     parser.add_argument("--quality", type=int, default=4, metavar="Q", help="MPEG-4's quantiser, 1 (best) to 31")
     parser.add_argument("--intra", action="store_true", help="key frames only")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     args = parser.parse_args(argv)
     for name, least, most in (("size", 8, 1024), ("quality", 1, 31), ("workers", 1, 1024)):
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} must lie between {least} and {most}, but is {getattr(args, name)}")
     if args.size % 2:
         parser.error(f"--size must be even, since most videos' colours have half the resolution, but is {args.size}")
-    source, target = Path(args.source).resolve(), Path(args.target).resolve()
+    return args
+
+
+# ---- What is to be done ----
+
+def check_folders(source, target):
+    """ValueError: SRC is not there, a file stands for a folder, or one lies in the other."""
     for folder in (source, target):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: SRC and DST are folders")
@@ -57,183 +61,188 @@ def shrink(argv):
         raise ValueError(f"the folder {source} does not exist")
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(f"{source} and {target} must not lie in one another")
-    settings = dict(size=args.size, quality=args.quality, intra=args.intra)
-    before = listed_before(target, settings)
-    folders, files, bad = list_tree(source)                                     # bad: {path: (frames kept, problem)}
-    todo, bar = [], tqdm(files, "compare", unit="file")
-    sizes = np.zeros(2, np.int64)                                               # bytes of the videos, before and after
-    for path in bar:
+
+
+def listed_before(target, settings):
+    """What the run that this one goes on with wrote to DST/shrink.jsonl -> {path: Copy}.
+
+    ValueError: DST holds something else, or a copy made with other settings.
+    """
+    report = target / REPORT
+    if not report.exists():
+        if target.exists() and any(target.iterdir()):
+            raise ValueError(f"{target} is not empty and no copy made by this command: give another DST")
+        return {}
+    rows = []
+    for line in report.read_text().splitlines():
+        with suppress(ValueError):                                              # a line that a full disk cut
+            rows.append(json.loads(line))
+    if rows and rows[0] != settings:
+        raise ValueError(f"{report} says {rows[0]}, but asked for is {settings}: give another DST")
+    return {row["file"]: Copy(row["frames"], row["problem"]) for row in rows[1:]}
+
+
+def compare(source, target, files, before):
+    """Which files are still to be copied, by their time stamps -> list of File, {path: Copy} of the others.
+
+    before: of listed_before. ValueError: a file of DST is one of SRC.
+    """
+    todo, done = [], {}
+    for path in tqdm(files, "compare", unit="file"):
         try:
             was = os.stat(source / path)
             if not (source / path).is_file():                                   # a pipe would be waited for
                 raise OSError(errno.EINVAL, "not a regular file")
         except OSError as error:
-            bad[path] = 0, error.strerror
+            done[path] = Copy(0, error.strerror)
             continue
         now = os.stat(target / path) if (target / path).exists() else None
         if now and os.path.samestat(was, now):
             raise ValueError(f"{target / path} is {source / path} itself: give another DST")
-        if now and abs(now.st_mtime - was.st_mtime) < 2 and (is_video(path) or now.st_size == was.st_size):
-            bad |= {path: before[path]} if path in before else {}               # done, as its time stamp says
-            sizes += (was.st_size, now.st_size) if is_video(path) else 0
+        same_time = now and abs(now.st_mtime - was.st_mtime) < 2
+        if same_time and (is_video(path) or now.st_size == was.st_size):
+            done[path] = before.get(path, Copy(0, ""))._replace(before=was.st_size, after=now.st_size)
         else:
-            todo.append((path, was.st_size, was.st_mtime_ns))
-    work = target / WORK
+            todo.append(File(path, was.st_size, was.st_mtime_ns))
+    return todo, done
 
-    def stop(number, _):
-        sys.exit(f"{signal.Signals(number).name}: the same command goes on from here")
-    handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork"), end_with_parent)
+
+def write_report(target, settings, copies):
+    """DST/shrink.jsonl: the settings, then a line for each file that could not be read, or not to its end."""
+    beside = target / WORK / REPORT
+    beside.write_text("")
+    log_json(beside, **settings)
+    for path, copy in copies.items():
+        if copy.problem:
+            log_json(beside, file=path, frames=copy.frames, problem=copy.problem)
+    beside.replace(target / REPORT)
+
+
+# ---- Processes ----
+
+def start_process():
+    """In a process of the pool: a Ctrl-C is the parent's to answer; where the parent is gone, this process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def copy_all(source, target, todo, settings, workers, bar):
+    """Copy files in several processes -> {path: Copy}. A copy is written to DST's work folder, listed, then renamed.
+
+    ValueError: a process was killed. OSError: DST cannot be written to.
+    """
+    copies = {}
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_process)
+    try:
+        for start in range(0, len(todo), PART):
+            futures = {}
+            for n, file in enumerate(todo[start:start + PART]):
+                beside = target / WORK / f"{n}{Path(file.path).suffix[:5]}"
+                futures[pool.submit(copy_one, source, file, beside, settings)] = file, beside
+            for future in as_completed(futures):
+                file, beside = futures[future]
+                if isinstance(future.exception(), BrokenProcessPool):
+                    raise ValueError(why_broken(futures))
+                copies[file.path] = future.result()
+                finish(target, file.path, beside, copies[file.path])
+                bar.set_postfix_str(megabytes(copies), refresh=False)
+                bar.update()
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+    return copies
+
+
+def why_broken(futures):
+    """A process of the pool was killed: which files were being read, as a sentence."""
+    names = []
+    for future, (file, beside) in futures.items():
+        if beside.exists() and isinstance(future.exception(), BrokenProcessPool):
+            names.append(file.path)
+    return ("a process was killed (memory full, or a video that FFmpeg dies of) while one of these was read: "
+            + ", ".join(names))
+
+
+def finish(target, path, beside, copy):
+    """List what went wrong with a file; then give its copy its name, or take away what an earlier run left of it."""
+    if copy.problem:
+        log_json(target / REPORT, file=path, frames=copy.frames, problem=copy.problem)
+    if copy.problem and not copy.frames:
+        beside.unlink()
+        (target / path).unlink(missing_ok=True)                                 # it could be read once
+    else:
+        beside.replace(target / path)
+
+
+def megabytes(copies):
+    """Size of the videos before and after, in words."""
+    videos = [copy for path, copy in copies.items() if is_video(path)]
+    before, after = sum(copy.before for copy in videos), sum(copy.after for copy in videos)
+    return f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+
+
+# ---- What came of it ----
+
+def summary(target, copies):
+    """What was copied and what could not be, in words. ValueError: too many of the videos are lost."""
+    videos = sum(map(is_video, copies))
+    words = [f"{target}: {videos} videos, {megabytes(copies)}; {len(copies) - videos} others"]
+    lost = {path: copy for path, copy in copies.items() if copy.problem and not copy.frames}
+    short = {path: copy for path, copy in copies.items() if copy.problem and copy.frames}
+    for what, found in (("could not be read", lost), ("end early", short)):
+        if found:
+            words.append(f"{len(found)} {what}: {named(found)}")
+    if sum(map(is_video, lost)) > MAX_BAD * videos:
+        words.append(f"{target / REPORT} names all (at most {MAX_BAD:.0%} of the videos may be unreadable)")
+        raise ValueError("; ".join(words))
+    if lost or short:
+        words.append(f"{target / REPORT} names all")
+    return "; ".join(words)
+
+
+def named(copies, most=10):
+    """The first files and what is wrong with them."""
+    names = []
+    for path, copy in list(copies.items())[:most]:
+        after = f"after {copy.frames} frames: " if copy.frames else ""
+        names.append(f"{path} ({after}{copy.problem})")
+    return ", ".join(names) + (", ..." if len(copies) > most else "")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    source, target = Path(args.source).resolve(), Path(args.target).resolve()
+    check_folders(source, target)
+    settings = dict(size=args.size, quality=args.quality, intra=args.intra)
+    before = listed_before(target, settings)
+    folders, files, bad = list_tree(source)
+    todo, done = compare(source, target, files, before)
+    copies = {path: Copy(*problem) for path, problem in bad.items()} | done
+    bar = tqdm(total=len(files), initial=len(done), desc=f"shrink {source.name}", unit="file")
+    work = target / WORK
     try:
         shutil.rmtree(work, ignore_errors=True)                                 # a killed run left it
         for folder in (work, *(target / folder for folder in folders)):
             folder.mkdir(parents=True, exist_ok=True)
-        (work / REPORT).write_text("")
-        log_json(work / REPORT, **settings)
-        for path, (frames, problem) in bad.items():
-            log_json(work / REPORT, file=path, frames=frames, problem=problem)
-        (work / REPORT).replace(target / REPORT)
-        jobs, waiting = enumerate(todo), {}                                     # waiting: future -> its file
-        bar = tqdm(total=len(files), initial=len(files) - len(todo), desc=f"shrink {source.name}", unit="file")
-        while True:
-            for n, (path, size, mtime) in itertools.islice(jobs, 2 * args.workers - len(waiting)):
-                beside = work / f"{os.getpid()}-{n}{os.path.splitext(path)[1][:5]}"
-                waiting[pool.submit(shrink_one, source / path, beside, mtime, settings)] = path, size, beside
-            if not waiting:
-                break
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                try:
-                    frames, problem = future.result()
-                except BrokenProcessPool:
-                    raise ValueError(f"a process was killed (memory full, or a video that FFmpeg dies of) while one of "
-                                     f"these was read: {', '.join(path for path, *_ in waiting.values())}") from None
-                path, size, beside = waiting.pop(future)
-                if problem:
-                    bad[path] = frames, problem
-                    log_json(target / REPORT, file=path, frames=frames, problem=problem)
-                if beside.exists():
-                    sizes += (size, beside.stat().st_size) if is_video(path) else 0
-                    beside.replace(target / path)
-                else:
-                    (target / path).unlink(missing_ok=True)                     # of a source that was readable once
-                bar.set_postfix_str(f"{sizes[0] / 1e6:.0f} -> {sizes[1] / 1e6:.0f} MB", refresh=False)
-                bar.update()
+        write_report(target, settings, copies)
+        copies |= copy_all(source, target, todo, settings, args.workers, bar)
     except OSError as error:
         raise OSError(f"cannot write to {target} (disk full?): {error}; the same command goes on from here") from None
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
     finally:
         bar.close()
-        for child in multiprocessing.active_children():
-            child.kill()
-        pool.shutdown(cancel_futures=True)
         shutil.rmtree(work, ignore_errors=True)
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-    videos = sum(map(is_video, files))
-    lost = {path: problem for path, (frames, problem) in bad.items() if not frames}
-    short = [f"{path} (after {frames} frames: {problem})" for path, (frames, problem) in bad.items() if frames]
-    told = f"{target}: {videos} videos, {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f} MB; {len(files) - videos} others"
-    for what, names in (("could not be read", [f"{path} ({problem})" for path, problem in lost.items()]),
-                        ("end early", short)):
-        if names:
-            told += f"; {len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-    if sum(map(is_video, lost)) > MAX_BAD * videos:
-        raise ValueError(f"{told}; {target / REPORT} names all (at most {MAX_BAD:.0%} of the videos may be unreadable)")
-    print(told + (f"; {target / REPORT} names all" if bad else ""))
+    print(summary(target, copies))
 
 
-def listed_before(target, settings):
-    """What the run that this one goes on with wrote to DST/shrink.jsonl -> {path: (frames kept, problem)}.
-
-    ValueError: DST holds something else, or a copy made with other settings.
-    """
-    rows = []
-    if target.exists() and not (target / REPORT).exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty and no copy made by this command: give another DST")
-    for line in (target / REPORT).read_text().splitlines() if (target / REPORT).exists() else []:
-        with suppress(ValueError):                                              # a line that a full disk cut
-            rows.append(json.loads(line))
-    if rows and rows[0] != settings:
-        raise ValueError(f"{target / REPORT} says {rows[0]}, but asked for is {settings}: give another DST")
-    return {row["file"]: (row["frames"], row["problem"]) for row in rows[1:]}
-
-
-def end_with_parent():
-    """In a process of the pool: the parent alone decides on signals, and where it is killed, this process ends too."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                  # PR_SET_PDEATHSIG
-
-
-def shrink_one(source, beside, mtime, settings):
-    """Write the copy of one file to `beside`, with the source's time -> frames kept, problem ("": none).
-
-    Where nothing can be read, `beside` is not there. OSError: it cannot be written.
-    """
-    frames, problem = 0, ""
-    if is_video(source):
-        try:
-            content, frames, height, width, problem = shrunk(source, **settings)
-        except (av.error.FFmpegError, ValueError, MemoryError) as error:        # of the encoder
-            frames, problem = 0, f"cannot be encoded: {error}"
-        if not frames:
-            return frames, problem
-        beside.write_bytes(content)
-        if (found := count_frames(beside)) != (frames, height, width, ""):
-            beside.unlink()
-            return 0, f"the copy is wrong: {found} for {frames, height, width}"
-    else:
-        try:
-            open(source, "rb").close()
-        except OSError as error:
-            return 0, error.strerror
-        shutil.copyfile(source, beside)
-    os.utime(beside, ns=(mtime, mtime))
-    return frames, problem
-
-
-def shrunk(path, size, quality, intra):
-    """Encode a video's frames small -> an MP4 file's bytes, frames, height, width, problem (as count_frames has it).
-
-    Every 33rd frame is a key frame, and between two frames that others refer to lie 7 that none does, so a reader that
-    asks for few frames need not decode the rest. Time stamps are kept from 0 on, sorted; where some are missing or
-    repeated, the frames are evenly spaced. Colours become BT.601's of limited range, what every reader takes a file
-    without tags for.
-    """
-    options = dict(qmin=str(quality), qmax=str(quality), g="1", bf="0") if intra else dict(
-        qmin=str(quality), qmax=str(quality), g="33", bf="7", flags="+cgop", sc_threshold="1000000000")
-    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP    # else 2/255 off
-    file, scaler, stamps, packets, problem = io.BytesIO(), VideoReformatter(), [], [], ""
-    with av.open(file, "w", format="mp4") as container, closing(read_frames(path)) as frames:
-        stream = container.add_stream("mpeg4", 25, options=options)
-        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-        try:
-            for frame in frames:
-                if not stamps:
-                    unit, short = frame.time_base or Fraction(1, 25), min(frame.height, frame.width)
-                    stream.height, stream.width = (max(2, side * min(size, short) // short // 2 * 2)   # even: yuv420p
-                                                   for side in (frame.height, frame.width))
-                stamps.append(frame.pts)
-                small = scaler.reformat(
-                    frame, stream.width, stream.height, "yuv420p", dst_colorspace=Colorspace.ITU601,
-                    dst_color_range=ColorRange.MPEG, interpolation=Interpolation.BILINEAR | exact, threads=1)
-                small.pts, small.time_base, small.pict_type = len(stamps) - 1, Fraction(1, 25), PictureType.NONE
-                packets += stream.encode(small)
-        except VideoError as error:
-            problem = reason(error, path)
-        if not stamps:
-            return b"", 0, 0, 0, problem or "no frames"
-        packets += stream.encode()
-        stream.time_base = unit
-        stamped = sorted((pts, n) for n, pts in enumerate(stamps) if pts is not None) or [(0, 0)]
-        (first, i), (last, j) = stamped[0], stamped[-1]
-        step = max(1, round((last - first) / (j - i) if j > i else Fraction(1, 25) / unit))
-        times = sorted({pts - first for pts, _ in stamped})
-        if len(times) < len(stamps):
-            times = range(0, step * len(stamps), step)
-        for packet in packets:                                                  # numbered until now: pts, dts of frames
-            pts, dts = packet.pts, packet.dts
-            packet.time_base, packet.duration, packet.pts = unit, step, times[pts]
-            packet.dts = times[dts] if dts >= 0 else dts * step
-            container.mux(packet)
-    return file.getvalue(), len(stamps), stream.height, stream.width, problem
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # as Ctrl-C
+    run(main)
