@@ -1,8 +1,6 @@
-"""Run: python -m pytest tests/test_shrink.py
-
-python data.py shrink: what it keeps, what it lists, and what is on disk when it is stopped, killed or out of disk.
-"""
+"""tools/shrink.py: what it keeps, what it lists, and what is on disk when it is stopped, killed or out of disk."""
 import contextlib
+import csv
 import json
 import os
 import resource
@@ -17,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 from av.video.frame import PictureType
-from conftest import ROOT
-from test_decode import COUNTS, numbered, numbers, write_video
+from conftest import ROOT, SHARED, numbered, write_video
 
-import data
-from data import count_frames, decode, load_split, shrink
+from common.splits import SUFFIXES, is_video, list_tree, load_split
+from common.video import VideoError, decode, examine, read_frames
+from tools import encode, shrink
+
+ODD = SHARED / "videos" / "odd"
+MANIFEST = list(csv.DictReader(open(ODD / "manifest.csv"))) if ODD.is_dir() else []
+COUNTS = {row["file"]: int(row["decodable_frames"] or 0) for row in MANIFEST}
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +49,22 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def copied(world, tmp_path_factory):
     target = tmp_path_factory.mktemp("copied") / "small"
-    shrink([str(world), str(target), "--size", "32", "--workers", "2"])
+    shrink.main([str(world), str(target), "--size", "32", "--workers", "2"])
     return target
 
 
 def run(source, target, *more):
     """In this process; a refusal or a list of too many unreadable files is returned as what it says."""
     try:
-        shrink([str(source), str(target), "--size", "32", "--workers", "1", *map(str, more)])
+        shrink.main([str(source), str(target), "--size", "32", "--workers", "1", *map(str, more)])
     except (ValueError, OSError) as error:
         return str(error)
     return ""
+
+
+def count(path):
+    """frames, height, width, problem"""
+    return examine(path)[:4]
 
 
 def tree(root):
@@ -74,26 +81,31 @@ def tree(root):
 
 def shown(path):
     """The numbers that a video's pictures show, as every script reads them."""
-    frames = range(count_frames(path)[0])
+    frames = range(count(path)[0])
     return numbers(decode(path, frames, 32, [(0, 0, 1, 1)] * len(frames)))
 
 
+def numbers(clip):
+    """The numbers that decoded pictures show, whatever their size: uint8 (N, 3, H, W) -> N ints."""
+    return np.packbits((clip.float().unflatten(-1, (8, -1)).mean((1, 2, 4)) > 127).numpy(), axis=1)[:, 0].tolist()
+
+
 def times(path):
-    return [float(frame.pts * frame.time_base) for frame in data.read_frames(path)]
+    return [float(frame.pts * frame.time_base) for frame in read_frames(path)]
 
 
 def kinds(path):
-    return "".join(PictureType(frame.pict_type).name for frame in data.read_frames(path))
+    return "".join(PictureType(frame.pict_type).name for frame in read_frames(path))
 
 
 # ---- What is kept ----
 
 def test_tree_names_and_lists_are_those_of_the_original(world, copied):
-    _, files, _ = data.list_tree(world)
-    assert len(files) == 17 and sorted(files) == sorted(data.list_tree(copied)[1])
+    _, files, _ = list_tree(world)
+    assert len(files) == 17 and sorted(files) == sorted(list_tree(copied)[1])
     assert (copied / "empty").is_dir() and not any(path.is_symlink() for path in copied.rglob("*"))
     for path in files:
-        if not data.is_video(path):
+        if not is_video(path):
             assert (copied / path).read_bytes() == (world / path).read_bytes()
     splits = [load_split("ucf101", root, root / "lists") for root in (world, copied)]
     assert splits[0].paths == splits[1].paths and splits[0].labels == splits[1].labels and not splits[1].missing
@@ -101,12 +113,12 @@ def test_tree_names_and_lists_are_those_of_the_original(world, copied):
 
 
 def test_every_copy_shows_the_frames_of_its_original_in_order(world, copied):
-    for path in filter(data.is_video, data.list_tree(world)[1]):
-        assert count_frames(copied / path) == (70, 32, 42, ""), path
+    for path in filter(is_video, list_tree(world)[1]):
+        assert count(copied / path) == (70, 32, 42, ""), path
         assert shown(copied / path) == list(range(70)), path
 
 
-@pytest.mark.parametrize("suffix", sorted(data.SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
 def test_a_copy_reads_under_any_suffix(world, tmp_path, suffix):
     (tmp_path / "in").mkdir()
     shutil.copy(world / "Spin/a.avi", tmp_path / "in" / f"a{suffix}")           # FFmpeg goes by the content
@@ -156,14 +168,14 @@ def test_frame_times_are_kept_from_0_on(tmp_path):
     ([2, None, None, 8, None], [0, 2, 4, 6, 8])])
 def test_frames_with_missing_repeated_or_unordered_time_stamps_get_times_in_order(
         tmp_path, monkeypatch, stamps, expected):
-    path, read = write_video(tmp_path / "a.mp4", numbered(5)), data.read_frames
+    path, read = write_video(tmp_path / "a.mp4", numbered(5)), encode.read_frames
 
     def stamped(path):
         for frame, pts in zip(read(path), stamps):
             frame.pts = None if pts is None else round(pts / 25 / frame.time_base)
             yield frame
-    monkeypatch.setattr(data, "read_frames", stamped)
-    content, frames, *_ = data.shrunk(path, 32, 4, False)
+    monkeypatch.setattr(encode, "read_frames", stamped)
+    content, frames, *_ = encode.shrunk(path, 32, 4, False)
     monkeypatch.undo()
     (tmp_path / "b.mp4").write_bytes(content)
     assert frames == 5 and times(tmp_path / "b.mp4") == pytest.approx([n / 25 for n in expected])
@@ -184,7 +196,7 @@ def test_colours_are_kept(tmp_path, codec, pix_fmt, tags):
                 format=pix_fmt, dst_colorspace=tags.get("colorspace", 5), dst_color_range=tags.get("color_range", 1))
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    content, *_ = data.shrunk(tmp_path / "a.mkv", 32, 2, False)
+    content, *_ = encode.shrunk(tmp_path / "a.mkv", 32, 2, False)
     (tmp_path / "b.mp4").write_bytes(content)
     was, now = (decode(tmp_path / name, range(6)).float().mean((2, 3)) for name in ("a.mkv", "b.mp4"))
     assert (was - now).abs().max() < 3, (was, now)
@@ -194,7 +206,7 @@ def test_videos_are_not_enlarged(tmp_path):
     (tmp_path / "in").mkdir()
     write_video(tmp_path / "in" / "a.avi", numbered(3))
     assert run(tmp_path / "in", tmp_path / "out", "--size", 64) == ""
-    assert count_frames(tmp_path / "out" / "a.avi") == (3, 48, 64, "")
+    assert count(tmp_path / "out" / "a.avi") == (3, 48, 64, "")
 
 
 def test_every_odd_real_file_is_copied_with_its_frames_or_listed(shared, tmp_path):
@@ -210,11 +222,19 @@ def test_every_odd_real_file_is_copied_with_its_frames_or_listed(shared, tmp_pat
         assert (name in listed) == (COUNTS[name] == 0 or name == "corrupted.mp4"), name
         assert (name in said) == (name in listed)
         if copy.exists():
-            frames, height, width, problem = count_frames(copy)
+            frames, height, width, problem = count(copy)
             assert (frames, problem) == (COUNTS[name], ""), name
-            short = min(count_frames(shared / "videos" / "odd" / name)[1:3])
+            short = min(count(shared / "videos" / "odd" / name)[1:3])
             assert min(height, width) == max(2, min(64, short) // 2 * 2), name
     assert listed["corrupted.mp4"]["frames"] == 28 and "after 28 frames" in said
+
+
+def test_nothing_in_the_source_is_changed(world, tmp_path):
+    def state():
+        stamps = {path: (world / path).lstat().st_mtime_ns for path in tree(world)}
+        return tree(world), stamps
+    before = state()
+    assert run(world, tmp_path / "out") == "" and state() == before
 
 
 # ---- Going on ----
@@ -237,21 +257,21 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(world, tmp_path):
     os.utime(source / "bad.avi", (0, 0))
     assert run(source, target) == ""
     again = {path for path, node in nodes.items() if (target / path).stat().st_ino != node}
-    assert again == {"b.mp4"} and count_frames(target / "b.mp4")[0] == 9 and count_frames(target / "bad.avi")[0] == 70
+    assert again == {"b.mp4"} and count(target / "b.mp4")[0] == 9 and count(target / "bad.avi")[0] == 70
     assert (target / "new.avi").exists() and len((target / "shrink.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_damaged_video_is_kept_up_to_the_fault_and_stays_listed_on_going_on(world, tmp_path, monkeypatch):
-    source, target, read = tmp_path / "in", tmp_path / "out", data.read_frames
+    source, target, read = tmp_path / "in", tmp_path / "out", encode.read_frames
     source.mkdir()
     shutil.copy(world / "Spin/a.avi", source / "cut.avi")
 
     def damaged(path):
         for n, frame in enumerate(read(path)):
             if n == 20 and source in path.parents:
-                raise data.VideoError(f"{path}: broken")
+                raise VideoError(f"{path}: broken")
             yield frame
-    monkeypatch.setattr(data, "read_frames", damaged)
+    monkeypatch.setattr(encode, "read_frames", damaged)
     for _ in range(2):
         assert run(source, target) == ""
         rows = [json.loads(line) for line in (target / "shrink.jsonl").read_text().splitlines()]
@@ -262,7 +282,7 @@ def test_a_damaged_video_is_kept_up_to_the_fault_and_stays_listed_on_going_on(wo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_it_leaves_no_half_file_and_goes_on(world, copied, tmp_path, number):
     target = tmp_path / "out"
-    command = [sys.executable, ROOT / "data.py", "shrink", world, target, "--size", "32", "--workers", "2"]
+    command = [sys.executable, ROOT / "tools/shrink.py", world, target, "--size", "32", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and sum(map(bool, tree(target).values())) < 4:
         time.sleep(0.01)
@@ -272,7 +292,7 @@ def test_stopped_or_killed_it_leaves_no_half_file_and_goes_on(world, copied, tmp
     assert left.items() <= tree(copied).items() and 1 < len(left)
     if number != signal.SIGKILL:
         assert process.returncode == 1 and "Traceback" not in error and not (target / ".shrinking").exists()
-        assert error.splitlines()[-1] == f"{number.name}: the same command goes on from here"
+        assert error.splitlines()[-1] == "interrupted: the same command goes on from here"
     with pytest.raises(ProcessLookupError):                                     # not one process of the session is left
         for _ in range(500):
             os.killpg(process.pid, 0)
@@ -281,16 +301,16 @@ def test_stopped_or_killed_it_leaves_no_half_file_and_goes_on(world, copied, tmp
 
 
 def test_a_full_disk_ends_in_one_sentence_without_half_files(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "end_with_parent", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    monkeypatch.setattr(shrink, "start_process", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
     said = run(world, tmp_path / "out", "--quality", 1)
     assert said.startswith(f"cannot write to {tmp_path / 'out'} (disk full?): ") and "File too large" in said
     assert all(content is None or len(content) < 9000 for content in tree(tmp_path / "out").values())
-    for path in filter(data.is_video, data.list_tree(tmp_path / "out")[1]):
-        assert count_frames(tmp_path / "out" / path)[0] == 70
+    for path in filter(is_video, list_tree(tmp_path / "out")[1]):
+        assert count(tmp_path / "out" / path)[0] == 70
 
 
 def test_a_killed_process_of_the_pool_is_told(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "shrunk", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(encode, "shrunk", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
     said = run(world, tmp_path / "out")
     assert "a process was killed" in said and ".avi" in said
 
@@ -330,7 +350,7 @@ def test_a_wrong_invocation_is_refused_in_one_sentence_and_nothing_is_written(tm
     (tmp_path / "hard" / "a.avi").symlink_to(tmp_path / "in" / "a.avi")
     before = tree(tmp_path)
     with pytest.raises((ValueError, OSError), match=said):
-        shrink([*map(str, words(tmp_path)), "--size", "32"])
+        shrink.main([*map(str, words(tmp_path)), "--size", "32"])
     assert tree(tmp_path) == before
 
 
@@ -341,5 +361,5 @@ def test_a_wrong_invocation_is_refused_in_one_sentence_and_nothing_is_written(tm
     (["--crf", "3"], "unrecognized arguments: --crf 3")])
 def test_a_wrong_flag_is_refused(capsys, flags, said):
     with contextlib.suppress(SystemExit):
-        shrink(["in", "out", *flags])
+        shrink.main(["in", "out", *flags])
     assert said in capsys.readouterr().err
