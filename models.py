@@ -217,21 +217,7 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
         print(f"random initialisation of {arch}: no weights loaded")
         return net.eval()
 
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is a folder: give a file in it, such as backbone.pt" if os.path.isdir(path) else
-                         f"there is no file {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # torch.load raises whatever it met, from EOFError to UnpicklingError
-        raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads") from error
-    stored = stored if isinstance(stored, dict) else {}
-    state = stored.get("backbone", stored.get("model", stored))
-    args = stored.get("args") or {}
-    if (not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values()))
-            or not all(isinstance(key, str) for key in state) or not isinstance(args, dict)):
-        raise ValueError(f'{path} holds no state dict, neither as "backbone" or "model" nor as the file itself')
-
-    stored_arch = stored.get("arch") or args.get("arch")
+    state, args, stored_arch = read_weights(path)
     if not arch and not stored_arch:
         raise ValueError(f"{path} does not say which network it holds: give arch, one of {', '.join(BACKBONES)}")
     if arch and stored_arch and arch != stored_arch:
@@ -252,6 +238,24 @@ def load_backbone(path, arch: str | None = None) -> nn.Module:
     print(f"loaded {net.arch} from {path}: {len(found)} of {len(found)} tensors"
           + ("; ignored: " if ignored else "") + ", ".join(f"{name}.* ({n})" for name, n in ignored.items()))
     return net.eval()
+
+
+def read_weights(path):
+    """What a file of weights holds -> {key: tensor}, training arguments or {}, name of the network or None."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is a folder: give a file in it, such as backbone.pt" if os.path.isdir(path) else
+                         f"there is no file {path}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:              # torch.load raises whatever it met, from EOFError to UnpicklingError
+        raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads") from error
+    stored = stored if isinstance(stored, dict) else {}
+    state = stored.get("backbone", stored.get("model", stored))
+    args = stored.get("args") or {}
+    if (not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values()))
+            or not all(isinstance(key, str) for key in state) or not isinstance(args, dict)):
+        raise ValueError(f'{path} holds no state dict, neither as "backbone" or "model" nor as the file itself')
+    return state, args, stored.get("arch") or args.get("arch")
 
 
 def plain_key(key):

@@ -24,7 +24,7 @@ from common.precision import autocast
 from common.processes import init_distributed, run
 from common.splits import list_and_scan, usable
 from data import Pairs, augmented, step_loader
-from models import LOSSES, TimeEquivariant, fill, plain_key
+from models import LOSSES, TimeEquivariant, fill, plain_key, read_weights
 from tools.pictures import WIDTH, check_picture, pyplot, save, style
 
 GROUPS = 512                                                                    # of two videos
@@ -67,11 +67,10 @@ def with_psi(backbone, path=None):
 
 def stored_psi(path):
     """The weights of ψ in checkpoint.pt of pretrain.py -> {key: tensor}, empty where another file has none."""
-    if not Path(path).is_file():                                                # the word random
+    if str(path) == "random":
         return {}
-    stored = torch.load(path, map_location="cpu", weights_only=True)
     psi = {}
-    for key, value in stored.get("model", {}).items():
+    for key, value in read_weights(path)[0].items():
         key = plain_key(key)
         if key.startswith("heads.psi."):
             psi[key.removeprefix("heads.psi.")] = value
