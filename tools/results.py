@@ -97,7 +97,9 @@ def by_row(names, settings, out):
 def write_table(names, failed, settings, out):
     """Print the table so far; write OUT/table.md and OUT/table.json."""
     rows = by_row(names, settings, out)
-    everything = [run for runs in rows.values() for run in runs]
+    chances = {}
+    for runs in rows.values():
+        chances |= runs[0]
     lines = ["In per cent, mean ± half the range over seeds. All rows: "
              + ", ".join(f"{key} `{value}`" for key, value in settings.items() if isinstance(value, str)), "",
              "| row | seeds | steps | minutes | " + " | ".join(JUDGED) + " |", "|---" * (len(JUDGED) + 4) + "|"]
@@ -105,7 +107,7 @@ def write_table(names, failed, settings, out):
         steps = max(run.get("steps", 0) for run in runs)
         minutes = spread([run.get("minutes") for run in runs], "{:.0f}", 1)
         lines.append(line_of(f"{row} | {len(runs)} | {steps} | {minutes}", runs, JUDGED.values()))
-    lines.append(line_of("chance | | |", everything, [f"{key}_chance" for key in JUDGED.values()]))
+    lines.append(line_of("chance | | |", [chances], [f"{key}_chance" for key in JUDGED.values()]))
     lines += ["", f"Pre-training, means of the last {LAST} lines of the log (in brackets by chance):", "",
               "| row | " + " | ".join(PRETEXT) + " |", "|---" * (len(PRETEXT) + 1) + "|"]
     for row, runs in rows.items():
@@ -115,10 +117,12 @@ def write_table(names, failed, settings, out):
             cell = spread([run.get(key) for run in runs])
             cells.append(f"{cell} ({spread([run.get(chance) for run in runs][:1])})" if cell else "")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{name} failed: {line}" for name, line in failed.items())]
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    if failed:
+        lines += ["", *(f"{name} failed: {line}" for name, line in failed.items())]
+    table = "\n".join(lines) + "\n"
+    (out / "table.md").write_text(table)
     write_json(out / "table.json", indent=1, value=dict(settings=settings, failed=failed, rows=rows))
-    print("\n".join(lines), flush=True)
+    print(table, end="", flush=True)
 
 
 # ---- Pictures
@@ -139,8 +143,10 @@ def draw_curves(file, settings, out):
             lines = log_lines(folder) if (folder / "log.jsonl").exists() else []
             if lines and "psi_nearest" in lines[0]:
                 ratio = [line["psi_nearest"] / line["psi_chance"] for line in lines]
-                smooth = np.convolve(ratio, np.ones(10) / 10, "valid")
-                right.plot([line["step"] for line in lines[9:]], smooth, style[1:], color="black", label=label)
+                window = min(10, len(ratio))
+                steps = [line["step"] for line in lines[window - 1:]]
+                right.plot(steps, np.convolve(ratio, np.ones(window) / window, "valid"), style[1:], color="black",
+                           label=label)
     names = [f"random-{seed}" for seed in settings["seeds"]]
     random = by_row(names, settings, out).get("random")
     if random:
