@@ -17,7 +17,8 @@ import torch
 from av.video.frame import PictureType
 from conftest import ROOT, SHARED, numbered, write_video
 
-from common.splits import SUFFIXES, is_video, list_tree, load_split
+from common.splits import load_split
+from common.tree import SUFFIXES, is_video, list_tree
 from common.video import VideoError, decode, examine, read_frames
 from tools import encode, shrink
 

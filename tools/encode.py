@@ -10,7 +10,7 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from common.splits import is_video
+from common.tree import is_video
 from common.video import VideoError, examine, read_frames, reason
 
 EXACT = (Interpolation.BILINEAR | Interpolation.ACCURATE_RND                    # else colours are 2/255 off

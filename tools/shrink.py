@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.files import log_json
 from common.flags import Formatter, default_workers
 from common.processes import run
-from common.splits import MAX_BAD, REPORT, WORK, is_video, list_tree
+from common.splits import MAX_BAD
+from common.tree import REPORT, WORK, is_video, list_tree
 from tools.encode import Copy, File, copy_one
 
 PART = 1000                                                                     # files that the pool is given at once
