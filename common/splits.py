@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.files import write_json
-from common.lists import LISTS, class_numbers, refuse_outside
+from common.lists import LISTS, class_numbers, own_folder, refuse_outside
 from common.toy import make_toy
 from common.tree import each_once, find_files, first, real_files, unread
 from common.video import examine, stamp
@@ -54,7 +54,7 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     """The videos of one part ("train" or "test") of one official split of a data set -> Split.
 
     dataset: one of LISTS. data: the folder of the videos; annotations: the folder of the official lists, looked for
-    beside data if None. A file that is named twice, or by two links, counts once.
+    beside data if None. A file that a list names twice, by two spellings or links, counts once.
     ValueError: a list or folder is not there, or a line is not what the format says.
     """
     root = Path(data)
@@ -69,8 +69,11 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     paths = [row.path for row in rows]
     files, bad = find_files(root, paths)
     kept, again = each_once(paths, files)
-    if again:
-        notes.append(f"videos that are named twice, or by two links, count once: {len(again)} ({first(again)})")
+    if again and LISTS[dataset] is own_folder:
+        kept = range(len(paths))
+        notes.append(f"links lead to videos that lie there already, which count twice: {len(again)} ({first(again)})")
+    elif again:
+        notes.append(f"videos that are named twice count once: {len(again)} ({first(again)})")
     notes += unread(root, bad)
     paths = [paths[k] for k in kept]
     found = {path: files[path] for path in paths if path in files}
