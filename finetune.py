@@ -4,32 +4,37 @@
     torchrun --nproc_per_node=4 finetune.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist \\
         --checkpoint BACKBONE                                                   # or: --checkpoint random
     python finetune.py --dataset diving48 --data Diving48 --step 1 --checkpoint BACKBONE    # Table 4, V2, 1x
+    python finetune.py --predict MY_VIDEOS --checkpoint OUT/finetune-ucf101-4x-1/checkpoint.pt
 
 A new linear layer on F(x); the last epoch is tested, never the best on the test set. Writes
-OUT/finetune-DATASET-STEPx.json and, for each split, OUT/finetune-DATASET-STEPx-SPLIT/checkpoint.pt, from which the
-same command goes on. A test video that cannot be read counts as wrong and is named.
+OUT/finetune-DATASET-STEPx.json, OUT/finetune-DATASET-STEPx-predictions.jsonl (a line a test video) and, for each split,
+OUT/finetune-DATASET-STEPx-SPLIT/checkpoint.pt, from which the same command goes on. A test video that cannot be read
+counts as wrong and is named. --predict writes OUT/predictions.jsonl.
 """
 import argparse
 import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
 from common.checkpoints import resume, save, warmup_cosine
-from common.files import check_writable
+from common.files import check_writable, write_json_lines
 from common.flags import judging_parser, known_flags, optimisation_flags, parse_and_check
-from common.judging import (average_crops, default_out, in_words, judged, load_for_judging, most_frequent, told,
-                            write_result)
+from common.judging import (average_crops, beside_random, count_videos, counts_sentence, load_for_judging,
+                            most_frequent, per_class, predictions, result_folder, scan_parts, write_result)
 from common.precision import autocast, mend_bf16_on_cpus, step_scaled
 from common.processes import init_distributed, on_first, run, share_buffers
 from common.progress import Progress
-from common.splits import check_parts, list_and_scan, unreadable, usable
+from common.splits import any_videos, check_parts, scan, unreadable, usable
 from data import Clips, Windows, colour, step_loader
-from models import classifier
+from models import classifier, fill, new_backbone, plain_key, read_weights
 
 
 def finetune_defaults(dataset):
@@ -45,35 +50,47 @@ def parse_args(argv=None):
     parser = judging_parser(__doc__, argv, crops="ten")
     group = optimisation_flags(parser)
     group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
+    group.add_argument("--predict", metavar="FOLDER", help="only classify the videos below a folder")
     parser.set_defaults(**finetune_defaults(known_flags(parser, argv).dataset))
     return parse_and_check(parser, argv)
 
 
-def train(network, split, index, args, out, rank, world, device):
-    """Fine-tune on the training videos of a split, or go on doing so, to the weights of the last epoch."""
+def check_batch_size(args, world):
+    """Each process gets as many videos as the others, and the two that BatchNorm needs."""
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes")
+    if args.batch_size < 2 * world:
+        raise ValueError(f"--batch-size {args.batch_size} gives {world} process(es) fewer than two videos each, which "
+                         "BatchNorm needs")
+
+
+def training_clips(args, split, index, rank):
+    """The training videos of a split that can be used -> Clips."""
     paths, report = usable(split, index, T=1)                                   # short videos repeat their last frame
-    clips = Clips(split, paths, index, args.frames, args.size, args.step, args.seed)
-    steps_an_epoch = len(clips) // args.batch_size
-    if steps_an_epoch == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(clips)} usable videos")
+    if args.batch_size > len(paths):
+        raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(paths)} usable videos ({report})")
+    if rank == 0:
+        print(report, file=sys.stderr)
+    return Clips(split, paths, index, args.frames, args.size, args.step, args.seed)
+
+
+def train(network, clips, args, rank, world, device):
+    """Fine-tune on the training clips of a split, or go on doing so, to the weights of the last epoch."""
+    out, steps_an_epoch = Path(args.out), len(clips) // args.batch_size
     steps = args.epochs * steps_an_epoch
-    optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    optimizer = AdamW(network.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if rank == 0:
         check_writable(out=out / "checkpoint.pt")
-    parts = dict(model=network, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    step = resume(out, args, world, **parts)
+    state = dict(model=network, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    step = resume(out, args, world, **state)
     if args.test and step < steps:
         raise ValueError(f"--test: {out} holds {f'step {step} of {steps}' if step else 'no checkpoint'}: train first")
-    if rank == 0:
-        print(report, file=sys.stderr)
     if step == steps:
         return
+
     model = network
-    if device.type == "cpu":
-        mend_bf16_on_cpus(network)
     if dist.is_initialized():
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
                                         broadcast_buffers=False)                # statistics: see share_buffers
@@ -88,37 +105,54 @@ def train(network, split, index, args, out, rank, world, device):
         loss = F.cross_entropy(logits, label)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaled = step_scaled(scaler, optimizer, loss)
-        accuracy = (logits.argmax(1) == label).float().mean()
-        progress.done(step, schedule.get_last_lr()[0], loss=loss, train_acc=accuracy, **scaled)
+        values = dict(loss=loss, train_acc=(logits.argmax(1) == label).float().mean())
+        progress.done(step, schedule.get_last_lr()[0], **values, **step_scaled(scaler, optimizer, loss))
         schedule.step()
         if progress.saves(step):
-            save(out, args, world, step, **parts)
-    if step < steps:
+            save(out, args, world, step, **state)
+    if step < steps:                                                            # asked to stop
         if rank == 0:
-            save(out, args, world, step, **parts)
+            save(out, args, world, step, **state)
         progress.leave(step)
 
 
-def test(network, split, index, args, device):
-    """Sec. 3.4: the class of highest probability, averaged over windows and crops; a failed video is wrong -> dict."""
+def probabilities(network, split, index, args, device):
+    """Sec. 3.4: averaged over windows and crops -> float32 (V, classes), NaN where a video failed, {path: problem}."""
     share_buffers(network)
     windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
-    network.eval()
-    scores, failed = average_crops(network, windows, args.size, args.crops, device, args.amp, args.workers,
+    scores, failed = average_crops(network.eval(), windows, args.size, args.crops, device, args.amp, args.workers,
                                    softmax=True, title=split.title)
-    labels = np.array(split.labels)
-    right = scores.argmax(1).numpy() == labels                                  # (V,)
-    right[list(failed)] = False
-    return dict(test=judged(split, None, {split.paths[v]: problem for v, problem in failed.items()}),
-                top1=float(right.mean()), chance=most_frequent(split),
-                per_class={split.classes[k]: float(right[labels == k].mean()) for k in np.unique(labels)})
+    return scores.numpy(), {split.paths[v]: problem for v, problem in failed.items()}
+
+
+def test(network, split, index, args, device):
+    """The class of highest probability; a failed video is wrong -> dict for the result, probabilities."""
+    scores, failed = probabilities(network, split, index, args, device)
+    right = scores.argmax(axis=1) == np.array(split.labels)                     # (V,)
+    right[np.isnan(scores).any(axis=1)] = False
+    return dict(test=count_videos(split, failed), top1=float(right.mean()), chance=most_frequent(split),
+                per_class=per_class(split, right)), scores
+
+
+def run_split(args, number, training, testing, rank, world, device):
+    """Fine-tune and test on one official split -> F, dict for the result, predictions."""
+    backbone, classes = load_for_judging(args), training[0].classes
+    out = result_folder(args, args.checkpoint, args.arch) / f"finetune-{args.dataset}-{args.step}x-{number}"
+    this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out),
+                                                  classes=classes))             # what --predict needs to know
+    network = classifier(backbone, len(classes)).to(device, memory_format=torch.channels_last_3d)
+    if device.type == "cpu":
+        mend_bf16_on_cpus(network)
+    train(network, training_clips(this, *training, rank), this, rank, world, device)
+    result, scores = test(network, *testing, args, device)
+    result |= dict(split=number, train=count_videos(training[0], unreadable(*training)))
+    return backbone, result, predictions(testing[0], scores, classes, "probabilities", split=number)
 
 
 def random_result(args, name):
     """{"random": top-1} of the same command with --checkpoint random, if that was run with its own --out."""
     free = {"data", "annotations", "index", "workers", "amp", "log_every", "save_every", "test", "out", "checkpoint"}
-    file = default_out(argparse.Namespace(out=None), "random", args.arch) / f"{name}.json"
+    file = result_folder(argparse.Namespace(out=None), "random", args.arch) / f"{name}.json"
     if args.checkpoint == "random" or not file.is_file():
         return {}
     result = json.loads(file.read_text())
@@ -126,35 +160,64 @@ def random_result(args, name):
     return {"random": result["top1"]["random"]} if same else {}
 
 
+def predict(args, rank, device):
+    """Classify all videos below a folder with what finetune.py has trained; writes predictions.jsonl."""
+    state, trained, arch = read_weights(args.checkpoint)
+    if "classes" not in trained:
+        raise ValueError(f"{args.checkpoint} names no classes: --predict takes a checkpoint.pt that finetune.py wrote")
+    classes = trained["classes"]
+    network = classifier(new_backbone(arch), len(classes))
+    fill(network, {plain_key(key): value for key, value in state.items()}, args.checkpoint, f"a classifier on {arch}")
+    network.to(device, memory_format=torch.channels_last_3d)
+    args.frames, args.size, args.step = trained["frames"], trained["size"], trained["step"]
+
+    if not Path(args.predict).is_dir():
+        raise ValueError(f"there is no folder {args.predict} (--predict)")
+    split = any_videos(args.predict)
+    index = on_first(scan, split, args.index, max(1, args.workers))
+    scores, failed = probabilities(network, split, index, args, device)
+    if rank:
+        return
+    file = result_folder(args, args.checkpoint, arch) / "predictions.jsonl"
+    rows = predictions(split, scores, classes, "probabilities")
+    write_json_lines(file, rows)
+    print(counts_sentence(count_videos(split, failed), "are named without a class"))
+    found = Counter(row["predicted"] for row in rows if row["predicted"])
+    print(f"{file}: " + ", ".join(f"{name} {count}" for name, count in found.most_common(10)))
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = init_distributed()
-    if args.batch_size % world and not args.test:
-        raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes")
-    if args.batch_size < 2 * world and not args.test:
-        raise ValueError(f"--batch-size {args.batch_size} gives {world} process(es) fewer than two videos each, which "
-                         "BatchNorm needs")
-    splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
-    for (train_split, _), (test_split, _) in splits:
-        check_parts(train_split, test_split)
-    name, results = f"finetune-{args.dataset}-{args.step}x", []
-    for number, (training, testing) in zip(args.split, splits):
-        backbone = load_for_judging(args)
-        out = default_out(args, args.checkpoint, args.arch) / f"{name}-{number}"
-        network = classifier(backbone, len(training[0].classes)).to(device, memory_format=torch.channels_last_3d)
-        this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out)))
-        train(network, *training, this, out, rank, world, device)
-        results.append(dict(split=number, train=judged(training[0], None, unreadable(*training)),
-                            **test(network, *testing, args, device)))
-    if rank == 0:
-        row = "random" if args.checkpoint == "random" else "checkpoint"
-        top1 = {row: float(np.mean([result["top1"] for result in results]))} | random_result(args, name)
-        chance = float(np.mean([result["chance"] for result in results]))
-        file = write_result(args, name, backbone, None, top1=top1, chance=chance, splits=results)
-        for result in results:
-            print(told(result["train"], "left out"), told(result["test"], "count as wrong"), sep="\n")
-        print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: "
-              f"{in_words(top1, chance)} ({file})")
+    if args.predict:
+        predict(args, rank, device)
+        return
+    if not args.test:
+        check_batch_size(args, world)
+    scanned = scan_parts(args, ("train", "test"))
+    for (training, _), (testing, _) in scanned:
+        check_parts(training, testing)
+
+    # Train and test, split after split
+    name, results, rows = f"finetune-{args.dataset}-{args.step}x", [], []
+    for number, (training, testing) in zip(args.split, scanned):
+        backbone, result, found = run_split(args, number, training, testing, rank, world, device)
+        results.append(result)
+        rows += found
+    if rank:
+        return
+
+    # What is written and said
+    row = "random" if args.checkpoint == "random" else "checkpoint"
+    top1 = {row: float(np.mean([result["top1"] for result in results]))} | random_result(args, name)
+    chance = float(np.mean([result["chance"] for result in results]))
+    file = write_result(args, name, backbone, None, top1=top1, chance=chance, splits=results)
+    write_json_lines(file.with_name(f"{name}-predictions.jsonl"), rows)
+    for result in results:
+        print(counts_sentence(result["train"], "left out"))
+        print(counts_sentence(result["test"], "count as wrong"))
+    print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: {beside_random(top1, chance)} "
+          f"({file})")
 
 
 if __name__ == "__main__":

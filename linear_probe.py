@@ -4,23 +4,23 @@
     python linear_probe.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist --checkpoint BACKBONE
 
 Features are averaged over windows and crops and standardised with the training set's statistics (Sec. 3.4).
-Writes OUT/linear_probe-DATASET.json. A test video that cannot be read counts as wrong and is named.
+Writes OUT/linear_probe-DATASET.json and, a line a test video, OUT/linear_probe-DATASET-predictions.jsonl. A test video
+that cannot be read counts as wrong and is named.
 """
 import sys
 
 import numpy as np
-import torch.distributed as dist
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common.files import check_writable
+from common.files import check_writable, write_json_lines
 from common.flags import judging_parser, parse_and_check
-from common.judging import (default_out, extract, in_words, judged, load_for_judging, most_frequent, random_beside,
-                            told, write_result)
-from common.processes import init_distributed, on_first, run
-from common.splits import check_parts, list_and_scan, sources
+from common.judging import (beside_random, count_videos, counts_sentence, extract, load_for_judging, most_frequent,
+                            per_class, predictions, random_beside, result_folder, scan_parts, write_result)
+from common.processes import init_distributed, run
+from common.splits import check_parts, sources
 
 
 def parse_args(argv=None):
@@ -54,19 +54,23 @@ def fit_svm(x, y, C=1e-3, groups=None, seed=0, jobs=1):
 
 
 def probe(train, test, name, args):
-    """Train on one part's features from the network `name` and test on the other's; train, test: see common.extract.
+    """Train on one part's features from the network `name`, test on the other's; train, test: judging.Features.
 
-    -> dict: top1, per_class {class name: share right}, C. A test video that failed is wrong.
+    -> dict: top1, per_class {class name: share right}, C; and decision values (V, classes) of the test videos, NaN
+    where a video failed, which is wrong.
     """
-    (x, y, read), (test_x, test_y, test_read) = (
-        (x[name], np.array(split.labels), np.array([path not in failed for path in split.paths]))
-        for split, x, failed in (train, test))
-    groups = np.array(sources(args.dataset, train[0].paths))
-    svm = fit_svm(x[read], y[read], args.C, groups[read], args.seed, max(1, args.workers))
-    right = np.zeros(len(test_y), bool)
-    right[test_read] = svm.predict(test_x[test_read]) == test_y[test_read]
-    return dict(top1=float(right.mean()), C=float(svm[-1].C),
-                per_class={test[0].classes[k]: float(right[test_y == k].mean()) for k in np.unique(test_y)})
+    split, read, test_read = test.split, train.read(), test.read()
+    labels, test_labels = np.array(train.split.labels), np.array(split.labels)
+    groups = np.array(sources(args.dataset, train.split.paths))
+    svm = fit_svm(train.x[name][read], labels[read], args.C, groups[read], args.seed, max(1, args.workers))
+    values = svm.decision_function(test.x[name][test_read])                     # (V,) for two classes, else (V, K)
+    values = np.stack([-values, values], axis=1) if values.ndim == 1 else values
+    scores = np.full((len(test_labels), len(split.classes)), np.nan)
+    scores[test_read] = -np.inf                                                 # classes without a training video
+    scores[np.ix_(test_read, svm.classes_)] = values
+    right = np.zeros(len(test_labels), bool)
+    right[test_read] = scores[test_read].argmax(axis=1) == test_labels[test_read]
+    return dict(top1=float(right.mean()), C=float(svm[-1].C), per_class=per_class(split, right)), scores
 
 
 def main(argv=None):
@@ -75,29 +79,39 @@ def main(argv=None):
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
+    name, first = f"linear_probe-{args.dataset}", next(iter(networks))
+    folder = result_folder(args, args.checkpoint, args.arch)
     if rank == 0:
-        check_writable(out=default_out(args, args.checkpoint, args.arch) / "linear_probe.json")
-    splits = [[on_first(list_and_scan, args, number, part) for part in ("train", "test")] for number in args.split]
-    for (train, _), (test, _) in splits:
+        check_writable(out=folder / f"{name}.json")
+
+    # Features
+    scanned = scan_parts(args, ("train", "test"))
+    for (train, _), (test, _) in scanned:
         check_parts(train, test)
-    splits = [[extract(networks, args, *part, device) for part in parts] for parts in splits]
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    features = [[extract(networks, args, *part, device) for part in parts] for parts in scanned]
     if rank:
         return
 
-    results = []
-    for number, (train, test) in zip(args.split, splits):
-        results.append(dict(split=number, train=judged(*train), test=judged(*test), chance=most_frequent(test[0]),
-                            **{name: probe(train, test, name, args) for name in networks}))
-    top1 = {name: float(np.mean([result[name]["top1"] for result in results])) for name in networks}
+    # Classifiers
+    results, rows = [], []
+    for number, (train, test) in zip(args.split, features):
+        probed = {network: probe(train, test, network, args) for network in networks}
+        results.append(dict(split=number, train=count_videos(train.split, train.failed),
+                            test=count_videos(test.split, test.failed), chance=most_frequent(test.split),
+                            **{network: result for network, (result, _) in probed.items()}))
+        rows += predictions(test.split, probed[first][1], test.split.classes, "decision values", split=number)
+    top1 = {network: float(np.mean([result[network]["top1"] for result in results])) for network in networks}
     chance = float(np.mean([result["chance"] for result in results]))
-    file = write_result(args, f"linear_probe-{args.dataset}", network,
-                        "mean and standard deviation of the training set", top1=top1, chance=chance, splits=results)
+
+    # What is written and said
+    file = write_result(args, name, network, "mean and standard deviation of the training set", top1=top1,
+                        chance=chance, splits=results)
+    write_json_lines(folder / f"{name}-predictions.jsonl", rows)
     for result in results:
-        print(told(result["train"], "left out"), told(result["test"], "count as wrong"), sep="\n")
-    print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: "
-          f"{in_words(top1, chance)} ({file})")
+        print(counts_sentence(result["train"], "left out"))
+        print(counts_sentence(result["test"], "count as wrong"))
+    print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: {beside_random(top1, chance)} "
+          f"({file})")
 
 
 if __name__ == "__main__":

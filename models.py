@@ -4,7 +4,7 @@ F is the backbone; F(x), "the output of the global pooling layer" (Sec. 3.4), is
 Shapes: B videos, 2 clips p and q of each, 3 colours, T = 16 frames, H = W = 128 pixels, D features.
 """
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from functools import partial
 
 import torch
@@ -199,7 +199,8 @@ def check_clips(args):
 
 def classifier(backbone: nn.Module, classes: int) -> nn.Module:
     """Sec. 4, fine-tuning: F and a new linear layer on F(x). (B, 3, T, H, W) -> logits (B, classes)"""
-    return nn.Sequential(backbone, nn.Linear(backbone.dim, classes))        # paper silent: no dropout
+    fc = nn.Linear(backbone.dim, classes)
+    return nn.Sequential(OrderedDict(backbone=backbone, fc=fc))             # paper silent: no dropout
 
 
 # ---- Weights from a file ----
@@ -244,7 +245,7 @@ def read_weights(path):
     """What a file of weights holds -> {key: tensor}, training arguments or {}, name of the network or None."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} is a folder: give a file in it, such as backbone.pt" if os.path.isdir(path) else
-                         f"there is no file {path}")
+                         f"there is no file {path}: run pretrain.py first, or name another file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # torch.load raises whatever it met, from EOFError to UnpicklingError
@@ -269,8 +270,11 @@ def fill(net, found, path, name):
     problems = {"missing": [k for k in wanted if k not in found],
                 "unexpected": [k for k in found if k not in wanted],
                 "of another shape": [k for k in wanted if k in found and wanted[k].shape != found[k].shape]}
-    if any(problems.values()):
-        told = (f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for what, keys in problems.items() if keys)
-        raise ValueError(f"{path} does not fit {name}, which has {len(wanted)} tensors: {', '.join(told)}")
+    sentences = []
+    for what, keys in problems.items():
+        if keys:
+            more = ", ..." if len(keys) > 3 else ""
+            sentences.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{more})")
+    if sentences:
+        raise ValueError(f"{path} does not fit {name}, which has {len(wanted)} tensors: {', '.join(sentences)}")
     net.load_state_dict(found)

@@ -26,7 +26,7 @@ from common.progress import Progress
 from common.splits import list_and_scan, usable
 from data import Pairs, augmented, step_loader
 from losses import loss_distinct, loss_equi, loss_inst
-from models import LOSSES, TERMS, TimeEquivariant, check_clips
+from models import LOSSES, TERMS, TimeEquivariant, check_clips, load_backbone
 from retrieval import knn_accuracy
 
 
@@ -42,6 +42,8 @@ def parse_args(argv=None):
                        help="playback speeds: source frames from one frame of a clip to the next (Sec. 3.2)")
     group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
     group = optimisation_flags(parser)
+    group.add_argument("--init", metavar="FILE", help="start from the weights of F in a backbone.pt or of torchvision; "
+                       "the heads are fresh (the paper: from scratch)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N",
                        help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
@@ -254,6 +256,8 @@ def train(args, videos, pairs, rank, world, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
     step = resume(out, args, world, **state)
+    if args.init and step == 0:
+        model.backbone.load_state_dict(load_backbone(args.init, args.arch).state_dict())
     network = wrapped(model, args, device)
 
     # Steps

@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from common.files import check_writable
 from common.flags import judging_parser, known_flags, parse_and_check
-from common.judging import (average_crops, default_out, extract, in_words, judged, load_for_judging, random_beside,
-                            told, write_result)
-from common.processes import init_distributed, on_first, run, share_buffers
-from common.splits import list_and_scan, sources, unreadable
+from common.judging import (average_crops, beside_random, count_videos, counts_sentence, extract, load_for_judging,
+                            random_beside, result_folder, scan_parts, write_result)
+from common.processes import init_distributed, run, share_buffers
+from common.splits import sources, unreadable
 from data import Windows
 
 PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
@@ -74,19 +73,19 @@ def search(gallery, query, gallery_ids, query_ids, k, cosines=2 ** 24):
     -> ranks (Q,): how many videos are nearer than the nearest of the query's class (the largest int if there is none);
        nearest (Q, k): the numbers of the k nearest, -1 where no video is left; their cosines (Q, k).
     """
-    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    found, place = [], torch.arange(len(gallery), device=gallery.device)
+    none = torch.iinfo(torch.int64).max
+    found = []
     for rows in torch.arange(len(query), device=query.device).split(max(1, cosines // len(gallery))):
         label, video = query_ids[:, rows, None]                                 # (c, 1) each
-        cosine = query[rows] @ gallery.T                                        # (c, G)
-        key = (cosine * 2 ** 30).round().long() * 2 ** 32 - place               # (c, G)  no two of a row are equal
-        key[video == gallery_ids[1]] = least
-        right = (label == gallery_ids[0]) & (label >= 0) & (key > least)        # (c, G)
-        best = key.masked_fill(~right, least).amax(1, keepdim=True)             # (c, 1)
-        ranks = (key > best).sum(1).masked_fill(~right.any(1), most)            # (c,)
-        top = key.topk(k)                                                       # (c, k)
-        found.append((ranks, top.indices.masked_fill(top.values == least, -1), cosine.gather(1, top.indices)))
-    return [torch.cat(parts).cpu() for parts in zip(*found)]
+        cosine = (query[rows] @ gallery.T).round(decimals=9)                    # (c, G)  without the noise of summing
+        cosine[video == gallery_ids[1]] = -torch.inf
+        cosine, near = cosine.sort(dim=1, descending=True, stable=True)         # (c, G)  nearest first
+        there = cosine > -torch.inf
+        right = (gallery_ids[0][near] == label) & (label >= 0) & there          # (c, G)
+        ranks = right.int().argmax(dim=1).masked_fill(~right.any(dim=1), none)  # (c,)
+        nearest = near.masked_fill(~there, -1)[:, :k]                           # (c, k)
+        found.append((ranks, nearest, cosine[:, :k]))
+    return [torch.cat(column).cpu() for column in zip(*found)]
 
 
 def recall(ranks, expected, k):
@@ -106,35 +105,45 @@ def chance_recall(gallery_ids, query_ids, expected, k):
 class Video(NamedTuple):
     path: str                                                                   # its name in the data set
     file: str                                                                   # where it is
-    name: str                                                                   # of its class, None without
+    name: str | None                                                            # of its class
 
 
-def only_read(split, x, failed):
-    """What common.extract gives, of the videos that could be read alone -> list of Video, {network: (N, D)}."""
-    read = [path not in failed for path in split.paths]
-    names = [None if label is None else split.classes[label] for label in split.labels]
-    return ([Video(path, str(split.found[path]), name) for path, name, ok in zip(split.paths, names, read) if ok],
-            {network: features[read] for network, features in x.items()})
+def readable(features):
+    """Of judging.Features the videos that could be read -> list of Video, {network: (N, D)}."""
+    split, read = features.split, features.read()
+    videos = []
+    for path, label, ok in zip(split.paths, split.labels, read):
+        if ok:
+            videos.append(Video(path, str(split.found[path]), None if label is None else split.classes[label]))
+    return videos, {network: x[read] for network, x in features.x.items()}
 
 
-def judge(gallery, query, expected, ks, device):
-    """R@k, expected of a random order too, and what the first network finds; gallery, query: see only_read.
+def numbered(videos, classes, files):
+    """Class and file of each video as numbers, equal where they are -> (2, N) ints; classes, files: numbers so far."""
+    names = [classes.setdefault(video.name, len(classes)) for video in videos]
+    places = [files.setdefault(os.path.realpath(video.file), len(files)) for video in videos]
+    return np.array([names, places])
+
+
+def compare(gallery, query, expected, ks, device):
+    """R@k, expected of a random order too, and what the first network finds; gallery, query: see readable.
 
     -> {network or "chance": {"R@k": share}}, empty without classes, nearest and cosines (Q, k): see search.
     """
-    classes, files = {None: -1}, {}                                             # -> numbers
-    ids = [np.array([[classes.setdefault(video.name, len(classes)) for video in videos],
-                     [files.setdefault(os.path.realpath(video.file), len(files)) for video in videos]])
-           for videos, _ in (gallery, query)]                                   # (2, G), (2, Q)
+    (gallery_videos, gallery_x), (query_videos, query_x) = gallery, query
+    classes, files = {None: -1}, {}
+    gallery_ids = numbered(gallery_videos, classes, files)
+    query_ids = numbered(query_videos, classes, files)
+    ids = torch.tensor(gallery_ids, device=device), torch.tensor(query_ids, device=device)
     shares, found = {}, []
-    for name in gallery[1]:
-        features = standardise(*(torch.tensor(x[name], device=device) for _, x in (gallery, query)))
-        ranks, *nearest = search(*features, *(torch.tensor(numbers, device=device) for numbers in ids),
-                                 k=min(max(ks), len(gallery[0])))
+    for name in gallery_x:
+        x = [torch.tensor(features[name], device=device) for features in (gallery_x, query_x)]
+        ranks, *nearest = search(*standardise(*x), *ids, k=min(max(ks), len(gallery_videos)))
         found = found or nearest
         shares[name] = {f"R@{k}": recall(ranks, expected, k) for k in ks}
-    shares["chance"] = {f"R@{k}": chance_recall(*ids, expected, k) for k in ks}
-    return {} if None in (video.name for videos, _ in (gallery, query) for video in videos) else shares, *found
+    shares["chance"] = {f"R@{k}": chance_recall(gallery_ids, query_ids, expected, k) for k in ks}
+    labelled = None not in [video.name for video in gallery_videos + query_videos]
+    return shares if labelled else {}, *found
 
 
 def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
@@ -159,13 +168,30 @@ def knn_accuracy(backbone, split, paths, index, args, device, most=2000):
 
 
 def save_features(file, gallery, query, nearest, cosines):
-    """FILE.npz: of gallery and query features (N, D) of F before standardising, paths and classes ("" without);
+    """FILE.npz: of gallery and query features (N, D) of F before standardising, paths, files and classes ("" without);
     for each query the rows of the nearest gallery videos (-1: no more) and their cosines, (Q, k)."""
     arrays = dict(nearest=nearest.numpy(), cosines=cosines.numpy())
     for side, (videos, x) in (("gallery", gallery), ("query", query)):
-        arrays |= {f"{side}_features": next(iter(x.values())), f"{side}_paths": np.array([v.path for v in videos]),
-                   f"{side}_classes": np.array([v.name or "" for v in videos])}
+        arrays[f"{side}_features"] = next(iter(x.values()))
+        arrays[f"{side}_paths"] = np.array([video.path for video in videos])
+        arrays[f"{side}_files"] = np.array([os.path.abspath(video.file) for video in videos])
+        arrays[f"{side}_classes"] = np.array([video.name or "" for video in videos])
     np.savez(file, **arrays)
+
+
+def neighbours(gallery, query, nearest, cosines):
+    """{query: {gallery video: cosine}} of the nearest, by their names."""
+    found = {}
+    for video, row, near in zip(query, nearest.tolist(), cosines.tolist()):
+        found[video.path] = {gallery[g].path: round(cosine, 4) for g, cosine in zip(row, near) if g >= 0}
+    return found
+
+
+def check_gallery(split, index, k):
+    """ValueError: fewer videos to search in than neighbours asked for."""
+    videos = len(split.paths) - len(unreadable(split, index))
+    if k > videos:
+        raise ValueError(f"--k {k} is larger than the gallery, {split.title}: {videos} videos")
 
 
 def main(argv=None):
@@ -175,46 +201,48 @@ def main(argv=None):
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
     if rank == 0:
-        check_writable(out=default_out(args, args.checkpoint, args.arch) / "retrieval.json",
-                       **({"features": args.features} if args.features else {}))
-    splits = [[on_first(list_and_scan, args, number, part) for part in (args.gallery, args.query)]
-              for number in args.split]
-    for (gallery, index), _ in splits:
-        videos = len(gallery.paths) - len(unreadable(gallery, index))
-        if args.k[-1] > videos:
-            raise ValueError(f"--k {args.k[-1]} is larger than the gallery, {gallery.title}: {videos} videos")
-    splits = [[extract(networks, args, *part, device) for part in parts] for parts in splits]
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        check_writable(out=result_folder(args, args.checkpoint, args.arch) / "retrieval.json")
+    if rank == 0 and args.features:
+        check_writable(features=args.features)
+
+    # Features
+    scanned = scan_parts(args, (args.gallery, args.query))
+    for gallery, _ in scanned:
+        check_gallery(*gallery, args.k[-1])
+    features = [[extract(networks, args, *part, device) for part in parts] for parts in scanned]
     if rank:
         return
 
-    results, first = [], None
-    for number, parts in zip(args.split, splits):
-        gallery, query = (only_read(*part) for part in parts)
-        shares, nearest, cosines = judge(gallery, query, len(parts[1][0].paths), args.k, device)
-        results.append(dict(split=number, gallery=judged(*parts[0]), query=judged(*parts[1]), recall=shares))
-        first = first or (gallery, query, nearest, cosines)
-    gallery, query, nearest, cosines = first
-    if args.dataset == "folder" or not {args.gallery, args.query} <= PARTS:
-        results[0]["neighbours"] = {
-            video.path: {gallery[0][g].path: round(cosine, 4) for g, cosine in zip(row, near) if g >= 0}
-            for video, row, near in zip(query[0], nearest[:, :args.k[-1]].tolist(), cosines.tolist())}
-    mean = {name: {k: float(np.mean([result["recall"][name][k] for result in results])) for k in share}
-            for name, share in results[0]["recall"].items()}
+    # Neighbours
+    results = []
+    for number, parts in zip(args.split, features):
+        gallery, query = readable(parts[0]), readable(parts[1])
+        shares, nearest, cosines = compare(gallery, query, len(parts[1].split.paths), args.k, device)
+        counts = [count_videos(part.split, part.failed) for part in parts]
+        results.append(dict(split=number, gallery=counts[0], query=counts[1], recall=shares))
+        if number == args.split[0] and args.features:
+            save_features(args.features, gallery, query, nearest, cosines)
+        if number == args.split[0] and (args.dataset == "folder" or not {args.gallery, args.query} <= PARTS):
+            results[0]["neighbours"] = neighbours(gallery[0], query[0], nearest, cosines)
+    write_and_say(args, network, results)
+
+
+def write_and_say(args, network, results):
+    """The result file, and the lines that the user reads."""
+    mean = {}
+    for name, shares in results[0]["recall"].items():
+        mean[name] = {k: float(np.mean([result["recall"][name][k] for result in results])) for k in shares}
     file = write_result(args, f"retrieval-{args.dataset}", network, "mean and standard deviation of the gallery",
                         recall=mean, splits=results)
-
     for result in results:
-        print(told(result["gallery"], "left out"),
-              told(result["query"], "count as wrong" if mean else "left out"), sep="\n")
-    print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))}"
-          f"{'' if mean else ': no classes, so no R@k'} ({file})")
+        print(counts_sentence(result["gallery"], "left out"))
+        print(counts_sentence(result["query"], "count as wrong" if mean else "left out"))
+    remark = "" if mean else ": no classes, so no R@k"
+    print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))}{remark} ({file})")
     for k in mean.get("chance", ()):
-        figures = in_words({name: mean[name][k] for name in networks}, mean["chance"][k])
-        print(f"  {k}{' = 1-NN accuracy' if k == 'R@1' else ''}: {figures}")
-    if args.features:
-        save_features(args.features, gallery, query, nearest, cosines)
+        figures = {name: mean[name][k] for name in mean if name != "chance"}
+        also = " = 1-NN accuracy" if k == "R@1" else ""
+        print(f"  {k}{also}: {beside_random(figures, mean['chance'][k])}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ def write_json(file, value, indent=None):
     beside.replace(file)
 
 
+def write_json_lines(file, rows):
+    """Write beside, then rename: a JSON object a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
+    beside.replace(file)
+
+
 def log_json(path, **values):
     """Append one JSON object as a line."""
     rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}

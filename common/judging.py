@@ -1,10 +1,11 @@
-"""Judging F: crops and their averages (Sec. 3.4), features of a split, and the result file."""
+"""Judging F: crops and their averages (Sec. 3.4), features of a split, the result and what is said of it."""
 import argparse
 import hashlib
 import platform
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -18,10 +19,26 @@ from common.files import write_json
 from common.flags import default_arch, paper_defaults
 from common.loading import load
 from common.precision import autocast
-from common.processes import gather_objects, rank_and_world
+from common.processes import gather_objects, on_first, rank_and_world
+from common.splits import Split, list_and_scan
 from data import Windows, normalise
 from models import check_clips, load_backbone
 
+BEST = 5                                                                        # classes that a prediction names
+
+
+class Features(NamedTuple):
+    """F(x) of every video of a split: {name of the network: float32 array (V, D)}, NaN rows where a video failed."""
+    split: Split
+    x: dict
+    failed: dict                                                                # {path: problem}
+
+    def read(self):
+        """Which videos could be read -> bool (V,)."""
+        return np.array([path not in self.failed for path in self.split.paths])
+
+
+# ---- Crops ----
 
 def views_of(windows, size, crops):
     """Test crops (Sec. 3.4): "centre" is the centre crop and its mirror image, "ten" five crops and theirs.
@@ -55,8 +72,9 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
         with autocast(amp, device):
             output = network(clips).float()                                     # (C * W, K)
         outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
-    parts = gather_objects((outputs, failed))
-    outputs, failed = ({v: value for part in parts for v, value in part[k].items()} for k in (0, 1))
+    for others, problems in gather_objects((outputs, failed)):
+        outputs |= others
+        failed |= problems
     if not outputs:
         raise ValueError(f"{title}: not one of {len(windows)} videos could be read, the first: {failed[0]}")
     strange = sum(not output.isfinite().all() for output in outputs.values())
@@ -66,36 +84,26 @@ def average_crops(network, windows, size, crops, device, amp="off", workers=0, s
     return torch.stack([outputs.get(v, nothing) for v in range(len(windows))]), dict(sorted(failed.items()))
 
 
+# ---- Networks and their features ----
+
 def load_for_judging(args):
     """F from --checkpoint; fills in what it decides: args.arch, args.frames, args.size -> module.
 
     The clips are those of pre-training, where the file says what they were, else the paper's for --dataset and --arch.
     """
+    file = Path(args.checkpoint)
+    content = None
     if args.checkpoint == "random":
         args.arch = args.arch or default_arch(args.dataset)
+    elif file.is_file():
+        content = file.read_bytes()                                             # it may change later
     torch.manual_seed(args.seed)                                                # of the random initialisation
-    file = Path(args.checkpoint)
-    content = file.read_bytes() if args.checkpoint != "random" and file.is_file() else None     # it may change later
-    if args.checkpoint != "random" and not file.exists():
-        raise ValueError(f"there is no file {file}: run pretrain.py first, or give --checkpoint")
     network = load_backbone(args.checkpoint, args.arch)
     network.sha256 = content and hashlib.sha256(content).hexdigest()
     clips = paper_defaults(args.dataset, network.arch) | network.args
     args.arch, args.frames, args.size = network.arch, args.frames or clips["frames"], args.size or clips["size"]
     check_clips(args)
     return network
-
-
-def extract(networks, args, split, index, device):
-    """Features of every video: mean over windows and crops (Sec. 3.4).
-
-    networks: {name: F} -> Split, {name: float32 array (V, D), NaN rows where a video failed}, {path: problem}.
-    """
-    windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
-    x, failed = average_crops(lambda clips: torch.cat([network(clips) for network in networks.values()], dim=1),
-                              windows, args.size, args.crops, device, args.amp, args.workers, title=split.title)
-    features = zip(networks, x.split([network.dim for network in networks.values()], dim=1))    # one decode for all
-    return split, {name: f.numpy() for name, f in features}, {split.paths[v]: problem for v, problem in failed.items()}
 
 
 def random_beside(network, args, device):
@@ -107,25 +115,47 @@ def random_beside(network, args, device):
     return {name: net.to(device, memory_format=torch.channels_last_3d) for name, net in networks.items()}
 
 
+def scan_parts(args, parts):
+    """Two parts of each of --split, listed and scanned by the first process -> [[(Split, index), (Split, index)], ...]"""
+    return [[on_first(list_and_scan, args, number, part) for part in parts] for number in args.split]
+
+
+def extract(networks, args, split, index, device):
+    """Features of every video: mean over windows and crops (Sec. 3.4); networks: {name: F} -> Features."""
+    def all_at_once(clips):                                                     # one decode for all networks
+        return torch.cat([network(clips) for network in networks.values()], dim=1)
+
+    windows = Windows(split, index, args.frames, args.size, args.step, args.windows)
+    x, failed = average_crops(all_at_once, windows, args.size, args.crops, device, args.amp, args.workers,
+                              title=split.title)
+    columns = x.split([network.dim for network in networks.values()], dim=1)
+    features = {name: column.numpy() for name, column in zip(networks, columns)}
+    return Features(split, features, {split.paths[v]: problem for v, problem in failed.items()})
+
+
+# ---- The result, and what is said of it ----
+
 def most_frequent(split):
     """Accuracy by chance: the share of the most frequent class, which one gets who always answers with it."""
     return max(Counter(split.labels).values()) / len(split.labels)
 
 
-def judged(split, _, failed):
-    """What was asked for and what came of it, for a result file; takes what `extract` gives."""
+def count_videos(split, failed):
+    """What was asked for and what could be read, for a result file; failed: {path: problem}."""
     return dict(title=split.title, expected=len(split.paths), scored=len(split.paths) - len(failed), failed=failed)
 
 
-def told(part, fate):
-    """What `judged` gave, in words; fate: what became of the videos that could not be read."""
-    names = [f"{path} ({problem})" for path, problem in part["failed"].items()]
-    return (f"{part['title']}: {part['scored']} of {part['expected']} videos scored"
-            + (f"; {len(names)} could not be read and {fate}: " if names else "")
-            + ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""))
+def counts_sentence(counts, fate):
+    """What `count_videos` found, in words; fate: what became of the videos that could not be read."""
+    names = [f"{path} ({problem})" for path, problem in counts["failed"].items()]
+    sentence = f"{counts['title']}: {counts['scored']} of {counts['expected']} videos scored"
+    if names:
+        more = ", ..." if len(names) > 10 else ""
+        sentence += f"; {len(names)} could not be read and {fate}: {', '.join(names[:10])}{more}"
+    return sentence
 
 
-def in_words(figures, chance):
+def beside_random(figures, chance):
     """{"checkpoint": share, "random": share}, chance -> "71.2% (randomly initialised: 15.3%, chance: 1.2%)"."""
     if "checkpoint" not in figures:
         return f"{figures['random']:.1%} randomly initialised (chance: {chance:.1%})"
@@ -133,15 +163,38 @@ def in_words(figures, chance):
     return f"{figures['checkpoint']:.1%} (randomly initialised: {random}, chance: {chance:.1%})"
 
 
-def default_out(args, checkpoint, arch):
+def per_class(split, right):
+    """right: bool (V,) -> {class name: share of its videos that are right}"""
+    labels = np.array(split.labels)
+    return {split.classes[k]: float(right[labels == k].mean()) for k in np.unique(labels)}
+
+
+def predictions(videos, scores, classes, measure, **more):
+    """For each of videos, a Split, its class and the BEST classes that were found -> rows for a file of JSON lines.
+
+    scores: float (V, K), NaN rows where a video failed; measure: what they are, in one word; more: for each row.
+    """
+    rows = []
+    for path, label, score in zip(videos.paths, videos.labels, np.asarray(scores)):
+        row = more | dict(path=path, label=None if label is None else videos.classes[label], predicted=None)
+        if not np.isnan(score).any():
+            best = [k for k in np.argsort(-score, kind="stable")[:BEST] if np.isfinite(score[k])]
+            row |= {"predicted": classes[best[0]], measure: {classes[k]: round(float(score[k]), 4) for k in best}}
+        rows.append(row)
+    return rows
+
+
+def result_folder(args, checkpoint, arch):
     """Where a judging script writes: --out, or beside the checkpoint -> Path."""
-    return Path(args.out or (f"runs/random-{arch}" if checkpoint == "random" else Path(checkpoint).parent))
+    if args.out:
+        return Path(args.out)
+    return Path(f"runs/random-{arch}") if checkpoint == "random" else Path(checkpoint).parent
 
 
 def write_result(args, name, network, standardised, **result):
     """OUT/name.json: the result and all that says what it is. Returns the file."""
     protocol = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint")}
-    file = default_out(args, args.checkpoint, network.arch) / f"{name}.json"
+    file = result_folder(args, args.checkpoint, network.arch) / f"{name}.json"
     write_json(file, indent=1, value=result | dict(
         protocol=protocol | dict(standardised=standardised),
         checkpoint=dict(path=args.checkpoint, sha256=network.sha256, arch=network.arch, trained_with=network.args),

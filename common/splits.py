@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.files import write_json
 from common.lists import LISTS, class_numbers, own_folder, refuse_outside
 from common.toy import make_toy
-from common.tree import each_once, find_files, first, real_files, unread
+from common.tree import each_once, find_files, first, is_video, list_tree, real_files, unread
 from common.video import examine, stamp
 
 MAX_BAD = 0.05                                  # a larger share of missing or unreadable videos stops a run
@@ -201,6 +201,14 @@ def usable(split, index, T=16):
 
 
 # ---- What the stages call ----
+
+def any_videos(folder):
+    """All videos below a folder, in whatever order of folders, without labels -> Split."""
+    _, files, bad = list_tree(Path(folder))
+    paths = [path for path in files if is_video(path)]
+    found = {path: Path(folder) / path for path in paths}
+    return Split(str(folder), Path(folder), paths, [None] * len(paths), [], found, [], tuple(unread(folder, bad)))
+
 
 def list_and_scan(args, number, part):
     """One part of an official split, or the folder `part` of one's own videos -> Split, what `scan` finds."""

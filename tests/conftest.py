@@ -16,15 +16,23 @@ import av
 import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"                                                 # real videos and lists; may be missing
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import finetune
+import linear_probe
 import pretrain
+import retrieval
 from common import processes
+from common.judging import average_crops
+from models import new_backbone
 
+CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SHARP = dict(flags="+qscale", global_quality="236")                             # mpeg4's options for few artefacts
 torch.set_num_threads(1)
@@ -202,6 +210,136 @@ def fails(main, argv):
     said = str(left.value.code)
     assert said not in ("0", "None") and "Traceback" not in said and "\n" not in said
     return said
+
+
+# ---- A tiny set of 27 videos with two official splits, and the judges on it ----
+
+TINY_CLASSES = ("Bend", "Climb", "Dive")
+TINY_LISTS = {1: {"train": ("08", "09", "10"), "test": ("01",)}, 2: {"train": ("01", "09", "10"), "test": ("08",)}}
+TINY_CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}                               # 9 videos a class, of 4 groups
+
+
+def noisy(seed, hue):
+    """24 frames of a noisy texture that drifts; hue: which colour is somewhat brighter than it would be."""
+    rng = np.random.default_rng(seed)
+    texture, shift = rng.integers(0, 140, (32, 48, 3)) + rng.integers(0, 90, 3), rng.integers(1, 4)
+    texture[..., hue] += 25                                                     # some are told right, some wrong
+    return np.stack([np.roll(texture, shift * n, axis=1) for n in range(24)]).astype(np.uint8)
+
+
+def official(number, part):
+    """The names that the lists of `tiny` give."""
+    return [f"{name}/v_{name}_g{group}_c{clip + 1:02d}.avi" for name in TINY_CLASSES
+            for group in TINY_LISTS[number][part] for clip in range(TINY_CLIPS[group])]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """27 videos and two splits in UCF101's layout; to be read only."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_lists(root / "ucfTrainTestlist", TINY_CLASSES, **{
+        f"{part}list{number:02d}": official(number, part) for number in TINY_LISTS for part in ("train", "test")})
+    for seed, path in enumerate(official(1, "train") + official(1, "test")):
+        write_video(root / "UCF-101" / path, noisy(seed, TINY_CLASSES.index(path.split("/")[0])), **SHARP)
+    return root
+
+
+@pytest.fixture
+def tiny_copy(tiny, tmp_path):
+    """The tiny set, to be changed."""
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def save_backbone(path, seed):
+    """What pretrain.py writes, with weights and BatchNorm statistics drawn at random."""
+    torch.manual_seed(seed)
+    net = new_backbone("r3d18_narrow")
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            value.mul_(1 + 0.2 * torch.rand_like(value))
+    torch.save(dict(arch=net.arch, backbone=net.state_dict(), args=dict(frames=4, size=16, lr=1e-3)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("checkpoint") / "backbone.pt", 5)
+
+
+def judge_words(root, checkpoint, out, *more):
+    """A command line."""
+    return [str(word) for word in ("--dataset", "ucf101", "--data", root / "UCF-101", "--checkpoint", checkpoint,
+                                   "--windows", 2, "--step", 2, "--workers", 0, "--amp", "off", "--out", out, *more)]
+
+
+def strict(file):
+    """A result file; NaN and Infinity are no JSON."""
+    return json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {file}"))
+
+
+def probe(root, checkpoint, out, *more):
+    linear_probe.main(judge_words(root, checkpoint, out, *more))
+    return strict(out / "linear_probe-ucf101.json")
+
+
+def retrieve(root, checkpoint, out, *more):
+    """-> result, the arrays of --features."""
+    retrieval.main(judge_words(root, checkpoint, out, "--features", out / "found.npz", "--k", 1, 5, 10, *more))
+    return strict(next(out.glob("retrieval-*.json"))), dict(np.load(out / "found.npz"))
+
+
+def tune(root, checkpoint, out, *more):
+    finetune.main(judge_words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3,
+                        "--crops", "centre", *more))
+    return strict(out / "finetune-ucf101-2x.json")
+
+
+@pytest.fixture(scope="session")
+def found(tiny, checkpoint, tmp_path_factory):
+    """Features and results of retrieval on split 1."""
+    return retrieve(tiny, checkpoint, tmp_path_factory.mktemp("found"))
+
+
+@pytest.fixture(scope="session")
+def probed(tiny, checkpoint, tmp_path_factory):
+    return probe(tiny, checkpoint, tmp_path_factory.mktemp("probed"))
+
+
+def by_path(arrays):
+    """{path: feature} of gallery and query."""
+    return {path: x for side in ("gallery", "query") for path, x in zip(arrays[f"{side}_paths"].tolist(),
+                                                                        arrays[f"{side}_features"])}
+
+
+def by_hand(arrays, C=1e-3):
+    """{test path: is the prediction right} of scikit-learn's linear SVM, called step by step on retrieval's arrays."""
+    scaler = StandardScaler().fit(arrays["gallery_features"])
+    svm = LinearSVC(C=C, random_state=0, max_iter=10000).fit(scaler.transform(arrays["gallery_features"]),
+                                                             arrays["gallery_classes"])
+    right = svm.predict(scaler.transform(arrays["query_features"])) == arrays["query_classes"]
+    return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A folder of six videos without classes."""
+    for n, path in enumerate(official(1, "train")[::3]):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        shutil.copy(tiny / "UCF-101" / path, tmp_path / "own" / f"video {n}.avi")
+    return tmp_path / "own"
+
+
+def spied(monkeypatch):
+    """The predictions of the fine-tuning tests to come: a list that grows."""
+    scores = []
+
+    def spy(*args, **kwargs):
+        result = average_crops(*args, **kwargs)
+        scores.append(result[0])
+        return result
+
+    monkeypatch.setattr(finetune, "average_crops", spy)
+    return scores
 
 
 # ---- Processes ----

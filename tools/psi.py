@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.flags import default_arch, judging_parser, known_flags, parse_and_check
-from common.judging import in_words, load_for_judging, random_beside, write_result
+from common.judging import beside_random, load_for_judging, random_beside, write_result
 from common.precision import autocast
 from common.processes import init_distributed, run
 from common.splits import list_and_scan, usable
@@ -246,7 +246,7 @@ def main(argv=None):
                            pairs=len(labels["pq"]), replaced=replaced)
     shares = {name: x["partner"]["share"] for name, x in found.items()}
     sentence = ("The nearest ψ of another video has the same shift, speeds and directions:\n"
-                + in_words(shares, found["checkpoint"]["partner"]["chance"]))
+                + beside_random(shares, found["checkpoint"]["partner"]["chance"]))
     save(draw(found, f"{sentence}; {len(labels['pq'])} pairs of clips of {len(pairs.files)} videos"), file)
     print(f"{sentence}\n{file}, {numbers}")
 
