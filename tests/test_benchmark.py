@@ -3,6 +3,7 @@ import json
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import drifting, fails, write_video
@@ -65,6 +66,13 @@ def test_each_reader_gives_the_frames_and_the_crops_asked_for(name, video):
 def test_a_reader_that_is_off_by_one_is_found_out(video):
     right, asked = readers.exactness(shifted, video, range(2))
     assert right < asked / 10
+
+
+@pytest.mark.parametrize("levels, shown, right", [((0, 2, 4), 2, True), ((0, 2, 4), 4, False), ((0, 2, 4), 0, False),
+                                                 ((0, 100, 200), 102, True), ((0, 100, 200), 104, False)])
+def test_a_frame_is_the_right_one_where_it_is_near_and_no_neighbour_is_nearer(levels, shown, right):
+    truth = {n: np.full((2, 2, 3), level) for n, level in enumerate(levels)}
+    assert readers.is_frame(np.full((2, 2, 3), shown), 1, truth) == right
 
 
 @pytest.mark.parametrize("place", ("data.py", "common/video.py"))

@@ -78,7 +78,7 @@ QUICK = dict(
 
 
 def settings(quick, device):
-    """How much is run: a rehearsal; on a CPU (10 to 15 minutes on two cores); on a GPU (not run yet)."""
+    """How much is run: a rehearsal; on a CPU (about 15 minutes on two cores); on a GPU (not run yet)."""
     cores = len(os.sched_getaffinity(0))
     chosen = GPU if device.type == "cuda" else CPU
     workers = sorted({0} | {min(n, cores) for n in (1, 2, 4, 8, 16, 32)})
@@ -468,6 +468,7 @@ def main(argv=None):
     s.pairs, s.files = args.pairs or s.pairs, args.files or s.files
     result = dict(machine=machine(device), command=sys.argv, settings=vars(s))
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    print(f"parts 2, 4 and 5: {s.arch}, clips of {s.frames} x {s.size} x {s.size}, batch {s.batch}, {s.amp}")
     multiprocessing.set_forkserver_preload(["torch", "torchvision", "sklearn", "av"])
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
