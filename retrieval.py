@@ -24,7 +24,7 @@ from common.flags import judging_parser, known_flags, parse_and_check
 from common.judging import (average_crops, beside_random, count_videos, counts_sentence, extract, load_for_judging,
                             random_beside, result_folder, scan_parts, write_result)
 from common.processes import init_distributed, run, share_buffers
-from common.splits import sources, unreadable
+from common.splits import check_apart, sources, unreadable
 from data import Windows
 
 PARTS = {"train", "test"}                                                       # of a data set; else it is a folder
@@ -187,11 +187,13 @@ def neighbours(gallery, query, nearest, cosines):
     return found
 
 
-def check_gallery(split, index, k):
-    """ValueError: fewer videos to search in than neighbours asked for."""
-    videos = len(split.paths) - len(unreadable(split, index))
-    if k > videos:
-        raise ValueError(f"--k {k} is larger than the gallery, {split.title}: {videos} videos")
+def check_gallery(args, gallery, index, query):
+    """ValueError: fewer videos to search in than neighbours asked for, or training and test lists that share files."""
+    videos = len(gallery.paths) - len(unreadable(gallery, index))
+    if args.k[-1] > videos:
+        raise ValueError(f"--k {args.k[-1]} is larger than the gallery, {gallery.title}: {videos} videos")
+    if {args.gallery, args.query} == PARTS and gallery.title != query.title:
+        check_apart(gallery, query)
 
 
 def main(argv=None):
@@ -207,8 +209,8 @@ def main(argv=None):
 
     # Features
     scanned = scan_parts(args, (args.gallery, args.query))
-    for gallery, _ in scanned:
-        check_gallery(*gallery, args.k[-1])
+    for (gallery, index), (query, _) in scanned:
+        check_gallery(args, gallery, index, query)
     features = [[extract(networks, args, *part, device) for part in parts] for parts in scanned]
     if rank:
         return

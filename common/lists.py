@@ -60,18 +60,18 @@ def diving48(dataset, root, annotations, split, part):
     """Diving48's list of labels V2, or V1 (diving48v1). Classes are numbers; of 30 there is no video in V2."""
     version = "_V2" if dataset == "diving48" else ""
     (file,) = find_lists(dataset, root, annotations, ".", f"Diving48{version}_{part}.json")
-    expected = "a list of objects with vid_name and label"
+    expected = "objects with vid_name and label"
     text = read_text(file)
     try:
         entries = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is not {expected}: {error}") from None
+        raise ValueError(f"{file} is not a list of {expected}: {error}") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{file} is not {expected}, but {entries!r:.100}")
+        raise ValueError(f"{file} is not a list of {expected}, but {entries!r:.100}")
     rows = []
     for n, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not entry.keys() >= {"vid_name", "label"}:
-            raise ValueError(f"{file}, entry {n}: {entry!r:.100} is not understood; expected is {expected}")
+            raise ValueError(f"{file}, entry {n}: {entry!r:.100} is not understood; expected are {expected}")
         rows.append(Row(f"{entry['vid_name']}.mp4", str(entry["label"]), f"{file}, entry {n}"))
     if (root / "rgb").is_dir():
         root = root / "rgb"

@@ -3,6 +3,7 @@
 What tests of two files or more need is here too, to be imported: `from conftest import ROOT`.
 """
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -82,6 +83,33 @@ def drifting(frames, seed=0, axis=0, side=32):
     texture = np.random.default_rng(seed).integers(0, 256, (side // 4, side // 4, 3), np.uint8)
     texture = texture.repeat(4, 0).repeat(4, 1)
     return np.stack([np.roll(texture, n, axis) for n in range(frames)])
+
+
+def touch(root, *names, text=""):
+    """Files of that text, byte for byte, in folders that may have to be made -> root."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, newline="")
+    return root
+
+
+def ucf(root, lines, classes=("Run", "HandstandPushups"), end="\n"):
+    """A UCF101 of one's own: lists in root/ucfTrainTestlist, videos (if any) in root/UCF-101 -> the latter."""
+    for name, rows in (("classInd", [f"{k} {name}" for k, name in enumerate(classes, 1)]), ("trainlist01", lines)):
+        touch(root, "UCF-101/readme.txt", f"ucfTrainTestlist/{name}.txt", text="")
+        (root / f"ucfTrainTestlist/{name}.txt").write_bytes("".join(row + end for row in rows).encode())
+    return root / "UCF-101"
+
+
+def forbid(monkeypatch, name, *folders):
+    """os.NAME of these folders is not permitted (to root, who runs tests, all is)."""
+    real = getattr(os, name)
+
+    def forbidden(folder):
+        if os.path.realpath(folder) in map(os.path.realpath, folders):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return real(folder)
+    monkeypatch.setattr(os, name, forbidden)
 
 
 def write_lists(folder, classes, **lists):

@@ -1,95 +1,20 @@
-"""Official lists, the files that are there, and the index: which videos a run uses, and what it says of the others."""
-import json
+"""Which of the listed videos are there, what a scan finds in them, and what is said of the others."""
+import contextlib
+import errno
 import os
-import re
+import pwd
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import LENGTHS
+from conftest import CLASSES, LENGTHS, fails, forbid, judging, listed, touch, ucf, write_lists
 
+import retrieval
 from common import splits
-from common.splits import Split, load_split, scan, sources, usable
+from common.splits import Split, check_parts, load_split, scan, sources, usable
+from common.tree import list_tree
 
-OFFICIAL = {("ucf101", 1): (9537, 3783), ("ucf101", 2): (9586, 3734), ("ucf101", 3): (9624, 3696),
-            ("hmdb51", 1): (3570, 1530), ("hmdb51", 2): (3570, 1530), ("hmdb51", 3): (3570, 1530),
-            ("diving48", 1): (15027, 1970)}
-
-
-def touch(root, *names, text=""):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def ucf(root, lines, classes=("Run", "HandstandPushups"), end="\n"):
-    """A UCF101 of one's own: lists in root/ucfTrainTestlist, videos (if any) in root/UCF-101 -> the latter."""
-    for name, rows in (("classInd", [f"{k} {name}" for k, name in enumerate(classes, 1)]), ("trainlist01", lines)):
-        touch(root, "UCF-101/readme.txt", f"ucfTrainTestlist/{name}.txt", text="")
-        (root / f"ucfTrainTestlist/{name}.txt").write_bytes("".join(row + end for row in rows).encode())
-    return root / "UCF-101"
-
-
-@pytest.mark.parametrize("dataset, number", OFFICIAL)
-def test_official_lists_give_the_published_counts(shared, tmp_path, dataset, number):
-    lists, counts = shared / "annotations" / dataset, OFFICIAL[dataset, number]
-    both = [load_split(dataset, tmp_path, lists, number, part) for part in ("train", "test")]
-    assert tuple(len(split.paths) for split in both) == counts
-    assert tuple(splits.PUBLISHED[split.title] for split in both) == counts
-    assert not set(both[0].paths) & set(both[1].paths)
-    for split in both:
-        assert len(split.classes) == {"ucf101": 101, "hmdb51": 51, "diving48": 48}[dataset]
-        assert set(range(len(split.classes))) - set(split.labels) == ({30} if dataset == "diving48" else set())
-        assert len(set(split.paths)) == len(split.paths) == len(split.labels)
-        assert split.missing == split.paths and not split.found
-        if dataset != "diving48":
-            assert all(split.classes[k] == path.split("/")[0] for k, path in zip(split.labels, split.paths))
-
-
-def test_ucf101_labels_are_those_its_training_lists_give(shared, tmp_path):
-    rows = (shared / "annotations/ucf101/trainlist01.txt").read_text().split("\n")
-    labels = load_split("ucf101", tmp_path, shared / "annotations/ucf101").labels
-    assert [int(row.split()[1]) - 1 for row in rows if row] == labels           # classInd.txt counts from 1
-
-
-def test_hmdb51_names_with_special_characters_are_found(shared, tmp_path):
-    lists = shared / "annotations" / "hmdb51"
-    paths = load_split("hmdb51", tmp_path, lists).paths
-    special = [path for path in paths if re.search(r"[!#&()+;@[\]]", path)]
-    split = load_split("hmdb51", touch(tmp_path, *special), lists)
-    assert len(special) > 200 and split.found == {path: tmp_path / path for path in special}
-    assert split.missing == [path for path in paths if path not in special]
-
-
-def test_hmdb51_classes_whose_names_begin_alike_are_kept_apart(shared, tmp_path):
-    split = load_split("hmdb51", tmp_path, shared / "annotations" / "hmdb51")
-    assert set(Counter(split.classes[k] for k in split.labels).values()) == {70}
-    assert {"climb", "climb_stairs", "shoot_ball", "shoot_bow", "ride_bike"} < set(split.classes)
-
-
-def test_diving48_names_that_begin_with_a_dash_are_found_and_its_videos_lie_in_rgb(shared, tmp_path):
-    lists = shared / "annotations" / "diving48"
-    dashed = [path for path in load_split("diving48", tmp_path, lists).paths if path.startswith("-")]
-    split = load_split("diving48", touch(tmp_path, *(f"rgb/{path}" for path in dashed)), lists)
-    assert len(dashed) > 100 and list(split.found) == dashed and split.root == tmp_path / "rgb"
-
-
-def test_a_real_tree_is_found_whole_with_the_lists_beside_it(shared):
-    for part, count in (("train", 80), ("test", 40)):
-        split = load_split("ucf101", shared / "videos" / "ucf_original" / "UCF-101", part=part)
-        assert len(split.found) == len(split.paths) == count and not split.missing
-        assert sorted(Counter(split.labels).items()) == [(k, count // 8) for k in range(8)]
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", " \r\n"])
-@pytest.mark.parametrize("label", ["", " 1"])
-def test_list_lines_may_carry_labels_and_either_line_end(tmp_path, label, end):
-    paths = ["Run/v_Run_g01_c01.avi", "Run/my run 2.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi"]
-    split = load_split("ucf101", ucf(tmp_path, [path + label for path in paths] + [""], end=end))
-    assert split.paths == paths and split.labels == [0, 0, 1] and split.classes == ["Run", "HandstandPushups"]
-
+# ---- Finding files ----
 
 def test_letter_case_is_ignored_where_that_finds_a_file(tmp_path):
     listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi", "HandstandPushups/v_HandstandPushups_g01_c02.avi"]
@@ -99,26 +24,81 @@ def test_letter_case_is_ignored_where_that_finds_a_file(tmp_path):
     assert split.found == {path: root / file for path, file in zip(listed, there)} and split.labels == [1, 1]
 
 
-@pytest.mark.parametrize("dataset", ["kinetics400", "folder"])
-def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, dataset):
-    videos = ["run/a.mp4", "run/more/b.AVI", "walk/[c] d.webm", "walk/-e.mkv", "linked/f.mp4"]
-    root = touch(tmp_path / "videos", *videos[:4], "run/._a.mp4", "run/notes.txt", "walk/mp4", "walk/.a.mp4.part")
-    touch(tmp_path / "elsewhere", "f.mp4")
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
-    split = load_split(dataset, root)
-    assert split.paths == sorted(videos) and not split.missing
-    assert [split.classes[k] for k in split.labels] == ["linked", "run", "run", "walk", "walk"]
-    flat = load_split(dataset, touch(tmp_path / "flat", "b.mp4", "a.mp4"))
-    assert flat.paths == ["a.mp4", "b.mp4"] and flat.labels == [None, None] and flat.classes == []
+@pytest.mark.parametrize("listed, there", [
+    (b"Run/caf\xe9.avi", "Run/caf\xe9.avi".encode()), ("Run/caf\xe9.avi".encode(), b"Run/caf\xe9.avi"),
+    ("Run/caf\xe9.avi".encode(), "Run/cafe\u0301.avi".encode()), (b"run/A.AVI", b"Run/a.avi")])
+def test_a_file_is_found_whose_name_a_list_spells_in_another_way(tmp_path, listed, there):
+    """In Latin-1, with accents as macOS writes them, in other letters."""
+    root = touch(ucf(tmp_path, ["Run/x.avi"]), os.fsdecode(there))
+    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_bytes(listed)
+    split = load_split("ucf101", root)
+    assert split.found == {os.fsdecode(listed): root / os.fsdecode(there)} and split.labels == [0]
 
 
-@pytest.mark.parametrize("path", ["../Run/a.avi", "Run/../../a.avi", "/etc/passwd"])
-def test_a_list_cannot_name_files_outside_the_data_set(tmp_path, path):
-    with pytest.raises(ValueError, match=re.escape(path)):
-        load_split("ucf101", ucf(tmp_path, ["Run/b.avi 1", f"{path} 1"]))
-    touch(tmp_path, "Diving48_V2_train.json", text=json.dumps([dict(vid_name=path, label=3)]))
-    with pytest.raises(ValueError, match=re.escape(path)):
-        load_split("diving48", tmp_path)
+def test_a_file_that_a_list_names_twice_counts_once_and_that_is_said(tmp_path):
+    listed = ["Run/a.avi", "Run/b.avi", "RUN/A.avi", "Run/b.avi", "Run/link.avi", "Run/gone.avi", "run/gone.avi"]
+    root = touch(ucf(tmp_path, listed), *listed[:2])
+    (root / "Run/link.avi").symlink_to("b.avi")
+    split = load_split("ucf101", root)
+    assert split.paths == ["Run/a.avi", "Run/b.avi", "Run/gone.avi"] and split.labels == [0, 0, 0]
+    assert split.found == {path: root / path for path in listed[:2]} and split.missing == ["Run/gone.avi"]
+    assert split.notes == ("videos that are named twice count once: 4 (RUN/A.avi, Run/b.avi, Run/link.avi, ...)",)
+
+
+def test_links_that_make_a_folders_videos_count_twice_are_said(tmp_path):
+    root = touch(tmp_path, "run/a.avi", "walk/b.avi")
+    (root / "all").symlink_to("run")
+    split = load_split("folder", root)
+    assert split.paths == ["all/a.avi", "run/a.avi", "walk/b.avi"]
+    assert split.notes == ("links lead to videos that lie there already, which count twice: 1 (run/a.avi)",)
+
+
+def test_lists_of_training_and_test_videos_that_share_files_are_refused_whatever_names_lead_to_them(tmp_path):
+    root = touch(ucf(tmp_path, ["Run/a.avi", "Run/b.avi"]), "Run/a.avi", "Run/b.avi", "Run/c.avi")
+    (root / "Run/other.avi").symlink_to("b.avi")
+    for line, both in (("RUN/a.avi", True), ("Run/other.avi", True), ("Run/c.avi", False)):
+        touch(tmp_path, "ucfTrainTestlist/testlist01.txt", text=line)
+        train, test = (load_split("ucf101", root, part=part) for part in ("train", "test"))
+        refused = pytest.raises(ValueError, match="1 of 1 test videos are training videos too, the first: .*avi")
+        with refused if both else contextlib.nullcontext():
+            check_parts(train, test)
+
+
+def test_retrieval_refuses_such_lists_too(tmp_path, world):
+    lists = write_lists(tmp_path / "lists", CLASSES, trainlist01=[listed(0), listed(1)], testlist01=[listed(1)])
+    argv = judging("retrieval", world, tmp_path, tmp_path, "--checkpoint", "random", "--annotations", lists, "--k", 1)
+    assert "1 of 1 test videos are training videos too" in fails(retrieval.main, argv)
+    retrieval.main([*argv, "--frames", "4", "--size", "16", "--arch", "r3d18_narrow", "--query", "train"])
+
+
+def test_class_folders_that_are_links_in_other_letters_are_found(tmp_path):
+    listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi", "Run/a.avi"]
+    root = touch(ucf(tmp_path, listed), "Run/a.avi")
+    touch(tmp_path, "disk/v_HandstandPushups_g01_c01.avi")
+    (root / "HandstandPushups").symlink_to(tmp_path / "disk")
+    split = load_split("ucf101", root)
+    assert split.found[listed[0]] == root / "HandstandPushups/v_HandstandPushups_g01_c01.avi" and not split.missing
+
+
+def test_a_walk_follows_links_and_ends_where_they_lead_back(tmp_path):
+    root = touch(tmp_path / "root", "a/1.avi", "b/2.avi", "shrink.jsonl", ".shrinking/3.avi")
+    touch(tmp_path, "outside/4.avi")
+    links = {"a/to_b": "../b", "b/to_a": "../a", "a/self": ".", "a/up": "../..", "out": "../outside", "lost": "nowhere"}
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    folders, files, bad = list_tree(root)
+    assert files == ["a/1.avi", "a/to_b/2.avi", "b/2.avi", "b/to_a/1.avi", "lost", "out/4.avi"]
+    assert folders == [".", "a", "a/to_b", "b", "b/to_a", "out"] and bad == {}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = touch(ucf(tmp_path, ["Run/a.avi", "HandstandPushups/b.avi"]), "Run/a.avi")
+    forbid(monkeypatch, "scandir", root / "HandstandPushups")
+    (root / "HandstandPushups").mkdir()
+    note = f"the folder {root}/HandstandPushups cannot be read: Permission denied"
+    assert load_split("folder", root).notes == (note,)
+    with pytest.raises(ValueError, match=f"found 1; the first missing: HandstandPushups/b.avi; {note}"):
+        scan(load_split("ucf101", root))
 
 
 def test_what_is_wrong_with_the_files_is_said_with_what_was_looked_for_and_where(tmp_path):
@@ -208,6 +188,27 @@ def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage)
     assert scan(split, index) == before and len(counted) == 26
     assert scan(split, index) == before and len(counted) == 26
     assert os.listdir(tmp_path) == ["index.json"]
+
+
+def test_without_a_home_folder_the_index_has_no_place_and_that_is_said(videos, monkeypatch, tmp_path):
+    """As in a container that was started with --user: no HOME, no entry in /etc/passwd."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)                        # KeyError
+    with pytest.raises(ValueError, match="no home folder to keep the index in: give a file, --index"):
+        scan(load_split("folder", videos))
+    assert len(scan(load_split("folder", videos), tmp_path / "index.json")) == 13
+
+
+def test_an_index_that_may_not_be_read_is_not_written_over(videos, tmp_path, monkeypatch):
+    index = tmp_path / "index.json"
+    index.write_text("{}")
+
+    def refuse(self, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ValueError, match="cannot read .*index.json: Permission denied; give another --index"):
+        scan(load_split("folder", videos), index)
 
 
 def test_unreadable_files_are_reported_with_the_problem(copy, tmp_path):
