@@ -1,6 +1,7 @@
 """The benchmark runs on a CPU, times what it says it times, and its verdicts follow from its numbers."""
 import json
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -76,13 +77,17 @@ def test_a_frame_is_the_right_one_where_it_is_near_and_no_neighbour_is_nearer(le
 
 
 @pytest.mark.parametrize("place", ("data.py", "common/video.py"))
-def test_the_reader_of_another_checkout_is_measured_beside_ours(place, video, tmp_path):
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).write_text("def examine(path):\n    return 0, 0, 0, '', 'scanned'\n\n\n"
-                                  "def decode(*request):\n    return request\n")
+def test_the_reader_of_another_checkout_with_its_own_modules_is_measured_beside_ours(place, video, tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("")
+    (tmp_path / "common" / "files.py").write_text("SCANNED = 'scanned'\n")      # we have one, too
+    (tmp_path / place).write_text("from common.files import SCANNED\n\n\ndef examine(path):\n"
+                                  "    return 0, 0, 0, '', SCANNED\n\n\ndef decode(*request):\n    return request\n")
+    modules, path = dict(sys.modules), list(sys.path)
     found, _ = readers.installed(str(tmp_path))
     assert found["old"](video, [3], [(0, 0, 1, 1)]) == (video.path, [3], 128, [(0, 0, 1, 1)], "scanned")
     assert found["old"](video, [3]) == (video.path, [3], None, None, "scanned")
+    assert modules.items() <= sys.modules.items() and sys.path == path
     with pytest.raises(ValueError, match="no checkout"):
         readers.installed(str(tmp_path / "elsewhere"))
 

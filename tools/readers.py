@@ -5,8 +5,8 @@ A reader takes a video, frame numbers and a box for each frame, as common.video.
 """
 import functools
 import importlib
-import importlib.util
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -57,15 +57,25 @@ def older(checkout, video, frames, boxes=None):
 
 @functools.cache
 def reader_of(checkout):
-    """The module of a checkout that has `examine` and `decode`: common/video.py, or data.py before there was one."""
-    files = [Path(checkout) / name for name in ("common/video.py", "data.py")]
-    there = [file for file in files if file.is_file()]
+    """The module of a checkout that has `examine` and `decode`: common.video, or data before there was one."""
+    names = {"common/video.py": "common.video", "data.py": "data"}
+    there = [name for file, name in names.items() if (Path(checkout) / file).is_file()]
     if not there:
         raise ValueError(f"{checkout} is no checkout of this project: it has neither common/video.py nor data.py")
-    spec = importlib.util.spec_from_file_location("older_reader", there[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    mine = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_a_checkout(name)}
+    sys.path.insert(0, str(Path(checkout).resolve()))
+    try:
+        return importlib.import_module(there[0])
+    finally:
+        sys.path.pop(0)
+        for name in filter(is_of_a_checkout, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(mine)
+
+
+def is_of_a_checkout(module):
+    """Whether a checkout has a module of its own by this name."""
+    return module.split(".")[0] in ("common", "data")
 
 
 @functools.cache
