@@ -1,37 +1,137 @@
-"""README.md and docs/ are true: their commands parse and split over their processes, what they name is there."""
+"""README.md and docs/ are true: commands parse and split over their processes, code runs, what they name is there."""
 import importlib
+import json
 import re
 
+import numpy as np
 import pytest
+import torch
+import torchvision
 from conftest import ROOT
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 
-from tools.commands import code_of, commands, module_of, pages
+import finetune
+import linear_probe
+import models
+import pretrain
+import retrieval
+from tools import curves, neighbours, preview, psi
+from tools.commands import commands, module_of, pages
 
+README = (ROOT / "README.md").read_text()
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in pages()}
+PROSE = {page: re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) for page, text in PAGES.items()}    # without blocks
 COMMANDS = commands()
-PAGES = pages()
-STAGES = ("pretrain.py", "finetune.py", "linear_probe.py", "retrieval.py")
-GENERATED = (".pt", ".npz", ".jsonl", ".png", ".json")                          # what commands write or are given
+STAGES = {"pretrain.py", "finetune.py", "linear_probe.py", "retrieval.py"}
+FOLDERS = ("common", "docs", "tests", "tools")
 
 
-def name_of(value):
-    return str(value.relative_to(ROOT)) if hasattr(value, "relative_to") else str(value)[:80]
+def quoted(pattern, text):
+    """What stands between backticks in a page and is of this form."""
+    return [words for words in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(pattern, words)]
 
 
-def words_of(page):
-    """What stands between backticks outside of blocks of code."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    return re.findall(r"`([^`\n]+)`", text)
-
+# ---- Commands and code ----
 
 def test_the_pages_name_a_command_for_each_stage():
-    assert set(STAGES) <= {command.script for command in COMMANDS}
+    assert STAGES <= {command.script for command in COMMANDS}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command}"[:80])
 def test_each_command_parses_and_its_batch_splits_over_its_processes_with_two_videos_or_more_each(command):
     args = module_of(command.script).parse_args(command.argv)
-    processes = command.processes * getattr(args, "accumulate", 1)
     if command.script in ("pretrain.py", "finetune.py"):
-        assert args.batch_size % processes == 0 and args.batch_size // processes >= 2
+        parts = command.processes * vars(args).get("accumulate", 1)
+        assert args.batch_size % parts == 0 and args.batch_size // parts >= 2   # what BatchNorm needs
     if command.script == "pretrain.py":
-        assert args.batch_size % (2 * processes) == 0                           # whole groups of two
+        assert args.batch_size % (2 * parts) == 0                               # groups of two
+
+
+def test_each_table_of_the_paper_has_its_cells():
+    cells = " ".join(re.findall(r"^\| ([^|]*)\|", PAGES["docs/results.md"], re.M))
+    assert set(re.findall(r"\((\w)\)", cells)) >= set("abcdefghijklmno")
+    assert set(re.findall(r"Table \d|Fig\. \d", cells)) == {"Table 1", "Fig. 5", "Table 2", "Table 3", "Table 4"}
+
+
+def test_the_code_of_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, names = np.random.default_rng(0).normal(size=(8, 3)), np.array(["a", "b"] * 4)
+    np.savez("found.npz", gallery_features=x, gallery_classes=names, query_features=x, query_classes=names)
+    given = dict(numpy=np, make_pipeline=make_pipeline, StandardScaler=StandardScaler, LinearSVC=LinearSVC)
+    given |= dict(torchvision=torchvision, pooled=models.pooled, BACKBONES=dict(models.BACKBONES))
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), given)
+    assert len(blocks) == 3 and given["psi"].grad is not None
+    added, = given["BACKBONES"].keys() - models.BACKBONES.keys()
+    net = given["BACKBONES"][added]()
+    assert net(torch.zeros(1, 3, 4, 32, 32)).shape == (1, net.dim)
+
+
+def test_a_strangers_path_from_clone_to_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(psi, "GROUPS", 8)
+    pretrain.main(["--epochs", "1", "--log-every", "2"])                        # makes the toy set, trains, saves
+    out = tmp_path / "runs" / "toy-r3d18_narrow"
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == 1
+    preview.main([])
+    linear_probe.main(["--windows", "1"])
+    retrieval.main(["--windows", "1", "--features", "found.npz"])
+    finetune.main(["--windows", "1", "--epochs", "1", "--crops", "centre"])
+    curves.main([str(out)])
+    neighbours.main(["found.npz"])
+    psi.main([])
+    said = capsys.readouterr().out
+    assert "linear SVM on toy" in said and "R@1" in said and "fine-tuned on toy" in said
+    for file in ("figure2.png", "curves.png", "neighbours.png", "psi.png", "psi.json", out / "backbone.pt"):
+        assert (tmp_path / file).stat().st_size > 1000
+
+
+# ---- What the pages name ----
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_are_there(page):
+    links = re.findall(r"\]\(([^)]+)\)", PROSE[page])
+    inside = [link.split("#")[0] for link in links if not link.startswith(("http://", "https://", "#"))]
+    assert [link for link in inside if not ((ROOT / page).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_functions_files_tests_and_flags_that_are_named_are_there(page):
+    text = PROSE[page]
+    sources = [file.read_text() for folder in ("", *FOLDERS) for file in (ROOT / folder).glob("*.py")]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    files = [name for name in quoted(r"(\w+/)?\w+\.(py|md|txt)", text) if "/" in name or (ROOT / name).suffix == ".py"]
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    for name in quoted(r"[a-z_]\w*(\.\w+)+", text):
+        module, _, attribute = name.rpartition(".")
+        if (ROOT / f"{module.replace('.', '/')}.py").is_file() and attribute not in ("py", "md"):
+            assert hasattr(importlib.import_module(module), attribute), name
+    assert [name for name in quoted(r"test_\w+", text) if f"def {name}(" not in tests] == []
+    flags = {words.split()[0].split("=")[0] for words in quoted(r"--[a-z].*", text)} - {"--help"}
+    assert [flag for flag in sorted(flags) if not any(f'"{flag}"' in source for source in sources)] == []
+
+
+def test_the_equation_table_names_a_place_for_each_row_and_each_is_there():
+    table = README.split("## Equation → code")[1].split("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("|")][2:]
+    assert len(rows) >= 6 and all(quoted(r"[\w/]+\.\w+", row) for row in rows)
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", table):
+        assert (ROOT / f"{module}.py").is_file() and hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+# ---- README as a page to be read ----
+
+def test_readme_is_one_page_of_short_lines_paragraphs_and_cells():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and len(README.split()) <= 1400
+    prose = PROSE["README.md"].splitlines()
+    rows = [line for line in prose if line.startswith("|")]
+    assert [line for line in prose if len(line) > 160 and line not in rows] == []
+    assert [cell for row in rows for cell in row.split("|") if len(cell.strip()) > 100] == []
+    paragraphs = [part.strip().splitlines() for part in re.split(r"\n\s*\n", PROSE["README.md"])]
+    sentences = [part for part in paragraphs if part and not part[0].startswith(("#", "|", "- ", "!"))]
+    assert [part for part in sentences if len([line for line in part if not line.startswith("|")]) > 5] == []
