@@ -9,7 +9,8 @@
 A new linear layer on F(x); the last epoch is tested, never the best on the test set. Writes
 OUT/finetune-DATASET-STEPx.json, OUT/finetune-DATASET-STEPx-predictions.jsonl (a line a test video) and, for each split,
 OUT/finetune-DATASET-STEPx-SPLIT/checkpoint.pt, from which the same command goes on. A test video that cannot be read
-counts as wrong and is named. --predict writes OUT/predictions.jsonl.
+counts as wrong and is named. --predict classifies all videos below a folder, with the classes and clips of the
+training, and writes OUT/predictions.jsonl.
 """
 import argparse
 import json
@@ -27,12 +28,12 @@ from torch.optim import AdamW
 from common.checkpoints import resume, save, warmup_cosine
 from common.files import check_writable, write_json_lines
 from common.flags import judging_parser, known_flags, optimisation_flags, parse_and_check
-from common.judging import (average_crops, beside_random, count_videos, counts_sentence, load_for_judging,
-                            most_frequent, per_class, predictions, result_folder, scan_parts, write_result)
+from common.judging import (average_crops, count_videos, counts_sentence, load_for_judging, most_frequent, per_class,
+                            predictions, result_folder, scan_parts, write_accuracy)
 from common.precision import autocast, mend_bf16_on_cpus, step_scaled
 from common.processes import init_distributed, on_first, run, share_buffers
 from common.progress import Progress
-from common.splits import any_videos, check_parts, scan, unreadable, usable
+from common.splits import check_parts, scan_folder, unreadable, usable
 from data import Clips, Windows, colour, step_loader
 from models import classifier, fill, new_backbone, plain_key, read_weights
 
@@ -50,7 +51,8 @@ def parse_args(argv=None):
     parser = judging_parser(__doc__, argv, crops="ten")
     group = optimisation_flags(parser)
     group.add_argument("--test", action="store_true", help="only test what OUT holds, on any number of processes")
-    group.add_argument("--predict", metavar="FOLDER", help="only classify the videos below a folder")
+    group.add_argument("--predict", metavar="FOLDER", help="only classify the videos below a folder, with a "
+                       "checkpoint.pt of this script, whose --frames, --size and --step hold")
     parser.set_defaults(**finetune_defaults(known_flags(parser, argv).dataset))
     return parse_and_check(parser, argv)
 
@@ -126,16 +128,17 @@ def probabilities(network, split, index, args, device):
 
 
 def test(network, split, index, args, device):
-    """The class of highest probability; a failed video is wrong -> dict for the result, probabilities."""
+    """The class of highest probability; a failed video is wrong -> dict for the result, rows of predictions."""
     scores, failed = probabilities(network, split, index, args, device)
     right = scores.argmax(axis=1) == np.array(split.labels)                     # (V,)
-    right[np.isnan(scores).any(axis=1)] = False
-    return dict(test=count_videos(split, failed), top1=float(right.mean()), chance=most_frequent(split),
-                per_class=per_class(split, right)), scores
+    right[[path in failed for path in split.paths]] = False
+    result = dict(test=count_videos(split, failed), top1=float(right.mean()), chance=most_frequent(split),
+                  per_class=per_class(split, right))
+    return result, predictions(split, scores, failed, split.classes, "probabilities", split=args.split)
 
 
 def run_split(args, number, training, testing, rank, world, device):
-    """Fine-tune and test on one official split -> F, dict for the result, predictions."""
+    """Fine-tune and test on one official split -> F, dict for the result, rows of predictions."""
     backbone, classes = load_for_judging(args), training[0].classes
     out = result_folder(args, args.checkpoint, args.arch) / f"finetune-{args.dataset}-{args.step}x-{number}"
     this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out),
@@ -144,9 +147,9 @@ def run_split(args, number, training, testing, rank, world, device):
     if device.type == "cpu":
         mend_bf16_on_cpus(network)
     train(network, training_clips(this, *training, rank), this, rank, world, device)
-    result, scores = test(network, *testing, args, device)
+    result, rows = test(network, *testing, this, device)
     result |= dict(split=number, train=count_videos(training[0], unreadable(*training)))
-    return backbone, result, predictions(testing[0], scores, classes, "probabilities", split=number)
+    return backbone, result, rows
 
 
 def random_result(args, name):
@@ -160,30 +163,36 @@ def random_result(args, name):
     return {"random": result["top1"]["random"]} if same else {}
 
 
-def predict(args, rank, device):
-    """Classify all videos below a folder with what finetune.py has trained; writes predictions.jsonl."""
-    state, trained, arch = read_weights(args.checkpoint)
+def load_classifier(file):
+    """What a checkpoint.pt of this script holds -> F and its linear layer, in eval mode; the arguments of training."""
+    state, trained, arch = read_weights(file)
     if "classes" not in trained:
-        raise ValueError(f"{args.checkpoint} names no classes: --predict takes a checkpoint.pt that finetune.py wrote")
-    classes = trained["classes"]
-    network = classifier(new_backbone(arch), len(classes))
-    fill(network, {plain_key(key): value for key, value in state.items()}, args.checkpoint, f"a classifier on {arch}")
-    network.to(device, memory_format=torch.channels_last_3d)
-    args.frames, args.size, args.step = trained["frames"], trained["size"], trained["step"]
+        raise ValueError(f"{file} names no classes: --predict takes a checkpoint.pt that finetune.py wrote")
+    network = classifier(new_backbone(arch), len(trained["classes"]))
+    fill(network, {plain_key(key): value for key, value in state.items()}, file, f"a classifier on {arch}")
+    return network.eval(), argparse.Namespace(**trained)
 
-    if not Path(args.predict).is_dir():
-        raise ValueError(f"there is no folder {args.predict} (--predict)")
-    split = any_videos(args.predict)
-    index = on_first(scan, split, args.index, max(1, args.workers))
+
+def predict(args, rank, device):
+    """Classify all videos below a folder with what was trained; writes OUT/predictions.jsonl."""
+    network, trained = load_classifier(args.checkpoint)
+    network.to(device, memory_format=torch.channels_last_3d)
+    args.frames, args.size, args.step = trained.frames, trained.size, trained.step
+    print(f"{args.checkpoint}: {len(trained.classes)} classes; as in training, clips of {args.frames} frames, "
+          f"{args.step} source frames a step, {args.size} pixels")
+    file = result_folder(args, args.checkpoint, trained.arch) / "predictions.jsonl"
+    if rank == 0:
+        check_writable(out=file)
+
+    split, index = on_first(scan_folder, args.predict, args)
     scores, failed = probabilities(network, split, index, args, device)
     if rank:
         return
-    file = result_folder(args, args.checkpoint, arch) / "predictions.jsonl"
-    rows = predictions(split, scores, classes, "probabilities")
+    rows = predictions(split, scores, failed, trained.classes, "probabilities")
     write_json_lines(file, rows)
-    print(counts_sentence(count_videos(split, failed), "are named without a class"))
+    print(counts_sentence(count_videos(split, failed), "have no prediction"))
     found = Counter(row["predicted"] for row in rows if row["predicted"])
-    print(f"{file}: " + ", ".join(f"{name} {count}" for name, count in found.most_common(10)))
+    print(f"most frequent: {', '.join(f'{name} ({count})' for name, count in found.most_common(5))} ({file})")
 
 
 def main(argv=None):
@@ -201,23 +210,15 @@ def main(argv=None):
     # Train and test, split after split
     name, results, rows = f"finetune-{args.dataset}-{args.step}x", [], []
     for number, (training, testing) in zip(args.split, scanned):
-        backbone, result, found = run_split(args, number, training, testing, rank, world, device)
+        backbone, result, predicted = run_split(args, number, training, testing, rank, world, device)
         results.append(result)
-        rows += found
+        rows += predicted
     if rank:
         return
 
-    # What is written and said
     row = "random" if args.checkpoint == "random" else "checkpoint"
     top1 = {row: float(np.mean([result["top1"] for result in results]))} | random_result(args, name)
-    chance = float(np.mean([result["chance"] for result in results]))
-    file = write_result(args, name, backbone, None, top1=top1, chance=chance, splits=results)
-    write_json_lines(file.with_name(f"{name}-predictions.jsonl"), rows)
-    for result in results:
-        print(counts_sentence(result["train"], "left out"))
-        print(counts_sentence(result["test"], "count as wrong"))
-    print(f"fine-tuned on {args.dataset}, split {' '.join(map(str, args.split))}: {beside_random(top1, chance)} "
-          f"({file})")
+    write_accuracy(args, "fine-tuned", name, backbone, None, top1, results, rows)
 
 
 if __name__ == "__main__":

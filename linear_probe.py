@@ -15,10 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common.files import check_writable, write_json_lines
+from common.files import check_writable
 from common.flags import judging_parser, parse_and_check
-from common.judging import (beside_random, count_videos, counts_sentence, extract, load_for_judging, most_frequent,
-                            per_class, predictions, random_beside, result_folder, scan_parts, write_result)
+from common.judging import (count_videos, extract_parts, load_for_judging, most_frequent, per_class, predictions,
+                            random_beside, result_folder, scan_parts, write_accuracy)
 from common.processes import init_distributed, run
 from common.splits import check_parts, sources
 
@@ -79,39 +79,31 @@ def main(argv=None):
     network = load_for_judging(args)
     print(f"{device.type}: {vars(args)}")
     networks = random_beside(network, args, device)
-    name, first = f"linear_probe-{args.dataset}", next(iter(networks))
-    folder = result_folder(args, args.checkpoint, args.arch)
     if rank == 0:
-        check_writable(out=folder / f"{name}.json")
+        check_writable(out=result_folder(args, args.checkpoint, args.arch) / "linear_probe.json")
 
     # Features
     scanned = scan_parts(args, ("train", "test"))
     for (train, _), (test, _) in scanned:
         check_parts(train, test)
-    features = [[extract(networks, args, *part, device) for part in parts] for parts in scanned]
+    features = extract_parts(networks, args, scanned, device)
     if rank:
         return
 
     # Classifiers
     results, rows = [], []
     for number, (train, test) in zip(args.split, features):
-        probed = {network: probe(train, test, network, args) for network in networks}
-        results.append(dict(split=number, train=count_videos(train.split, train.failed),
-                            test=count_videos(test.split, test.failed), chance=most_frequent(test.split),
-                            **{network: result for network, (result, _) in probed.items()}))
-        rows += predictions(test.split, probed[first][1], test.split.classes, "decision values", split=number)
-    top1 = {network: float(np.mean([result[network]["top1"] for result in results])) for network in networks}
-    chance = float(np.mean([result["chance"] for result in results]))
-
-    # What is written and said
-    file = write_result(args, name, network, "mean and standard deviation of the training set", top1=top1,
-                        chance=chance, splits=results)
-    write_json_lines(folder / f"{name}-predictions.jsonl", rows)
-    for result in results:
-        print(counts_sentence(result["train"], "left out"))
-        print(counts_sentence(result["test"], "count as wrong"))
-    print(f"linear SVM on {args.dataset}, split {' '.join(map(str, args.split))}: {beside_random(top1, chance)} "
-          f"({file})")
+        result = dict(split=number, train=count_videos(train.split, train.failed),
+                      test=count_videos(test.split, test.failed), chance=most_frequent(test.split))
+        values = {}
+        for name in networks:
+            result[name], values[name] = probe(train, test, name, args)
+        results.append(result)
+        first = next(iter(networks))                                            # the checkpoint, if there is one
+        rows += predictions(test.split, values[first], test.failed, test.split.classes, "decision values", split=number)
+    top1 = {name: float(np.mean([result[name]["top1"] for result in results])) for name in networks}
+    write_accuracy(args, "linear SVM", f"linear_probe-{args.dataset}", network,
+                   "mean and standard deviation of the training set", top1, results, rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from common.progress import Progress
 from common.splits import list_and_scan, usable
 from data import Pairs, augmented, step_loader
 from losses import loss_distinct, loss_equi, loss_inst
-from models import LOSSES, TERMS, TimeEquivariant, check_clips, load_backbone
+from models import LOSSES, TERMS, TimeEquivariant, check_clips, load_backbone, read_weights
 from retrieval import knn_accuracy
 
 
@@ -304,6 +304,8 @@ def main(argv=None):
     # Distributed
     rank, world, device = init_distributed()
     check_batch_size(args, world)
+    if args.init and not backbone.exists():                                     # of a new run: rather than fail after
+        read_weights(args.init)                                                 # the scan of the videos
     if rank == 0:
         check_writable(out=backbone)
     torch.manual_seed(args.seed)

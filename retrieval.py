@@ -3,7 +3,6 @@
     python retrieval.py --checkpoint runs/toy-r3d18_narrow/backbone.pt
     python retrieval.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist --checkpoint BACKBONE
     python retrieval.py --checkpoint BACKBONE --gallery MY_VIDEOS --query OTHER_VIDEOS --features found.npz
-    python retrieval.py --checkpoint runs/toy-r3d18_narrow/checkpoint.pt --psi psi.png
 
 Cosine similarity; queries are the test videos, the gallery is the training set (Sec. 4.2). R@k is the share of queries
 with a video of the same class among the k nearest; 1-NN accuracy is R@1. A query that cannot be read counts as wrong.
@@ -21,8 +20,8 @@ import torch
 
 from common.files import check_writable
 from common.flags import judging_parser, known_flags, parse_and_check
-from common.judging import (average_crops, beside_random, count_videos, counts_sentence, extract, load_for_judging,
-                            random_beside, result_folder, scan_parts, write_result)
+from common.judging import (average_crops, beside_random, count_videos, counts_sentence, extract_parts,
+                            load_for_judging, random_beside, result_folder, scan_parts, write_result)
 from common.processes import init_distributed, run, share_buffers
 from common.splits import check_apart, sources, unreadable
 from data import Windows
@@ -83,8 +82,8 @@ def search(gallery, query, gallery_ids, query_ids, k, cosines=2 ** 24):
         there = cosine > -torch.inf
         right = (gallery_ids[0][near] == label) & (label >= 0) & there          # (c, G)
         ranks = right.int().argmax(dim=1).masked_fill(~right.any(dim=1), none)  # (c,)
-        nearest = near.masked_fill(~there, -1)[:, :k]                           # (c, k)
-        found.append((ranks, nearest, cosine[:, :k]))
+        nearest = near[:, :k].masked_fill(~there[:, :k], -1)                    # (c, k)
+        found.append((ranks, nearest, cosine[:, :k].clone()))                   # not a view, which would keep (c, G)
     return [torch.cat(column).cpu() for column in zip(*found)]
 
 
@@ -211,7 +210,7 @@ def main(argv=None):
     scanned = scan_parts(args, (args.gallery, args.query))
     for (gallery, index), (query, _) in scanned:
         check_gallery(args, gallery, index, query)
-    features = [[extract(networks, args, *part, device) for part in parts] for parts in scanned]
+    features = extract_parts(networks, args, scanned, device)
     if rank:
         return
 

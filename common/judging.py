@@ -11,11 +11,12 @@ import av
 import numpy as np
 import sklearn
 import torch
+import torch.distributed as dist
 import torchvision
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import write_json, write_json_lines
 from common.flags import default_arch, paper_defaults
 from common.loading import load
 from common.precision import autocast
@@ -116,8 +117,10 @@ def random_beside(network, args, device):
 
 
 def scan_parts(args, parts):
-    """Two parts of each of --split, listed and scanned by the first process -> [[(Split, index), (Split, index)], ...]"""
-    return [[on_first(list_and_scan, args, number, part) for part in parts] for number in args.split]
+    """Two parts of each of --split, listed and scanned by the first process -> a pair of (Split, index) for each."""
+    first, second = parts
+    return [(on_first(list_and_scan, args, number, first), on_first(list_and_scan, args, number, second))
+            for number in args.split]
 
 
 def extract(networks, args, split, index, device):
@@ -131,6 +134,19 @@ def extract(networks, args, split, index, device):
     columns = x.split([network.dim for network in networks.values()], dim=1)
     features = {name: column.numpy() for name, column in zip(networks, columns)}
     return Features(split, features, {split.paths[v]: problem for v, problem in failed.items()})
+
+
+def extract_parts(networks, args, scanned, device):
+    """Features of what `scan_parts` found -> a pair of Features for each split.
+
+    The processes leave their group: what follows is the first one's work and may take longer than the others wait.
+    """
+    found = []
+    for first, second in scanned:
+        found.append((extract(networks, args, *first, device), extract(networks, args, *second, device)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return found
 
 
 # ---- The result, and what is said of it ----
@@ -169,17 +185,21 @@ def per_class(split, right):
     return {split.classes[k]: float(right[labels == k].mean()) for k in np.unique(labels)}
 
 
-def predictions(videos, scores, classes, measure, **more):
-    """For each of videos, a Split, its class and the BEST classes that were found -> rows for a file of JSON lines.
+def predictions(videos, scores, failed, classes, measure, **more):
+    """For each video its class and the BEST classes that were found, best first -> rows for a file of JSON lines.
 
-    scores: float (V, K), NaN rows where a video failed; measure: what they are, in one word; more: for each row.
+    videos: Split; scores: float array (V, K), -inf where a class cannot be found; failed: {path: problem}; classes:
+    the K names; measure: what the scores are, in words; more: what each row says besides.
     """
     rows = []
-    for path, label, score in zip(videos.paths, videos.labels, np.asarray(scores)):
+    for path, label, score in zip(videos.paths, videos.labels, scores):
         row = more | dict(path=path, label=None if label is None else videos.classes[label], predicted=None)
-        if not np.isnan(score).any():
+        if path in failed:
+            row["problem"] = failed[path]
+        else:
             best = [k for k in np.argsort(-score, kind="stable")[:BEST] if np.isfinite(score[k])]
-            row |= {"predicted": classes[best[0]], measure: {classes[k]: round(float(score[k]), 4) for k in best}}
+            row["predicted"] = classes[best[0]]
+            row[measure] = {classes[k]: round(float(score[k]), 4) for k in best}
         rows.append(row)
     return rows
 
@@ -202,3 +222,18 @@ def write_result(args, name, network, standardised, **result):
         versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
                       av=av.__version__, numpy=np.__version__, sklearn=sklearn.__version__)))
     return file
+
+
+def write_accuracy(args, classifier, name, network, standardised, top1, results, rows):
+    """What a classifier comes to, in OUT/name.json, OUT/name-predictions.jsonl and the lines that the user reads.
+
+    top1: {"checkpoint" or "random": mean over the splits}; results: a dict a split; rows: of `predictions`.
+    """
+    chance = float(np.mean([result["chance"] for result in results]))
+    file = write_result(args, name, network, standardised, top1=top1, chance=chance, splits=results)
+    write_json_lines(file.with_name(f"{name}-predictions.jsonl"), rows)
+    for result in results:
+        print(counts_sentence(result["train"], "left out"))
+        print(counts_sentence(result["test"], "count as wrong"))
+    print(f"{classifier} on {args.dataset}, split {' '.join(map(str, args.split))}: {beside_random(top1, chance)} "
+          f"({file})")

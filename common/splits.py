@@ -210,6 +210,13 @@ def any_videos(folder):
     return Split(str(folder), Path(folder), paths, [None] * len(paths), [], found, [], tuple(unread(folder, bad)))
 
 
+def scan_folder(folder, args):
+    """All videos below a folder, for --predict -> Split, what `scan` finds."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder} (--predict)")
+    return scan_with_notes(any_videos(folder), args)
+
+
 def list_and_scan(args, number, part):
     """One part of an official split, or the folder `part` of one's own videos -> Split, what `scan` finds."""
     if part in ("train", "test"):
@@ -220,6 +227,11 @@ def list_and_scan(args, number, part):
         split = replace(load_split("folder", part), title=part)
     else:
         raise ValueError(f"there is no folder {part}; a gallery or query is train, test or a folder of videos")
+    return scan_with_notes(split, args)
+
+
+def scan_with_notes(split, args):
+    """Say what one should know of a split, and scan it -> Split, what `scan` finds."""
     for note in split.notes:
         print(f"{split.title}: {note}", file=sys.stderr)
     return split, scan(split, args.index, max(1, args.workers))

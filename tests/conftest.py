@@ -317,8 +317,8 @@ def retrieve(root, checkpoint, out, *more):
 
 
 def tune(root, checkpoint, out, *more):
-    finetune.main(judge_words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3,
-                        "--crops", "centre", *more))
+    finetune.main(judge_words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr",
+                              1e-3, "--crops", "centre", *more))
     return strict(out / "finetune-ucf101-2x.json")
 
 

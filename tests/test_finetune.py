@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
 import finetune
+from common import splits
 from common.judging import average_crops
 from common.splits import load_split, scan
-from conftest import CPU, TINY_CLASSES, fails, judge_words, official, probe, retrieve, save_backbone, spied, strict, tune
+from conftest import (CPU, TINY_CLASSES, fails, judge_words, official, probe, retrieve, save_backbone, spied, strict,
+                      tune)
 from data import Windows
 from models import classifier, load_backbone, new_backbone
 
@@ -24,7 +27,8 @@ def test_fine_tuning_changes_every_layer_and_tests_the_last_epoch(tiny, checkpoi
     state = torch.load(tmp_path / "finetune-ucf101-2x-1" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2 * 3                                               # 18 videos in batches of 6, 2 epochs
     begun = torch.load(checkpoint, weights_only=True)["backbone"]
-    assert not any(value.equal(state["model"][f"backbone.{name}"]) for name, value in begun.items() if value.numel() > 1)
+    ended = {name: state["model"][f"backbone.{name}"] for name in begun}
+    assert not any(value.equal(ended[name]) for name, value in begun.items() if value.numel() > 1)
 
     net = classifier(new_backbone("r3d18_narrow"), 3).to(memory_format=torch.channels_last_3d)
     net.load_state_dict(state["model"])                                         # what is on disk is what was tested
@@ -57,8 +61,8 @@ def test_only_testing_writes_the_result_again_and_trains_nothing(tiny, checkpoin
     assert again["splits"] == first["splits"] and again["top1"] == first["top1"]
     assert tune(tiny, checkpoint, tmp_path, "--test", "--crops", "ten", "--windows", 3)["protocol"]["crops"] == "ten"
     assert weights == (tmp_path / "finetune-ucf101-2x-1" / "checkpoint.pt").read_bytes()
-    assert "holds no checkpoint" in fails(finetune.main, judge_words(tiny, checkpoint, tmp_path / "new", "--batch-size", 6,
-                                                               "--test"))
+    untrained = judge_words(tiny, checkpoint, tmp_path / "new", "--batch-size", 6, "--test")
+    assert "holds no checkpoint" in fails(finetune.main, untrained)
 
 
 def test_fine_tuning_does_not_go_on_from_another_checkpoint_of_the_same_name(tiny, tmp_path):
@@ -141,16 +145,30 @@ def test_a_folder_of_videos_is_classified_as_in_the_test_and_broken_ones_are_nam
     (folder / "broken.avi").write_bytes(b"no video")
     finetune.main(["--predict", str(folder.parent), "--checkpoint", str(trained), "--windows", "2", "--crops", "centre",
                    "--amp", "off", "--workers", "0", "--out", str(tmp_path / "new")])
-    rows = {row["path"]: row for row in lines(tmp_path / "new" / "predictions.jsonl")}
+    rows = {row["path"]: row for row in lines(tmp_path / "new" / "predictions.jsonl")}      # clips as in training
     tested = lines(tmp_path / "out" / "finetune-ucf101-2x-predictions.jsonl")
     for n, row in enumerate(tested):
         assert rows[f"below/{n}.avi"]["probabilities"] == row["probabilities"]
     assert rows["below/broken.avi"]["predicted"] is None and len(rows) == 10
+    assert rows["below/broken.avi"]["problem"].startswith("Invalid data")
     assert "9 of 10 videos scored; 1 could not be read" in capsys.readouterr().out
 
 
-def test_what_names_no_classes_cannot_predict(own, checkpoint, tmp_path):
+def test_what_predict_cannot_use_ends_in_one_sentence(tiny, own, checkpoint, tmp_path):
     assert "names no classes" in fails(finetune.main, ["--predict", own, "--checkpoint", checkpoint])
+    tune(tiny, checkpoint, tmp_path / "out")
+    trained = tmp_path / "out" / "finetune-ucf101-2x-1" / "checkpoint.pt"
+    (tmp_path / "empty").mkdir()
+    for folder, sentence in ((tmp_path / "none", "there is no folder"), (tmp_path / "empty", "found 0")):
+        assert sentence in fails(finetune.main, ["--predict", folder, "--checkpoint", trained, "--out", tmp_path])
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_named_before_the_others_are_classified(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(splits, "unread", lambda root, bad: [f"the folder {root}/x cannot be read: Permission denied"])
+    split, index = splits.scan_folder(str(tiny / "UCF-101"), Namespace(index=None, workers=0))
+    assert len(split.paths) == len(index) == 27 and split.labels == [None] * 27
+    assert "x cannot be read: Permission denied" in capsys.readouterr().err
 
 
 def test_a_fine_tuned_checkpoint_is_a_backbone_for_the_other_judges(tiny, checkpoint, tmp_path):

@@ -13,11 +13,11 @@ import finetune
 import linear_probe
 import retrieval
 from common import judging, splits
-from common.judging import average_crops, views_of
-from common.splits import load_split, scan
+from common.judging import average_crops, predictions, views_of
+from common.splits import Split, load_split, scan
 from common.video import decode
-from conftest import (CPU, ROOT, SHARP, TINY_CLASSES, TORCHRUN, by_hand, by_path, fails, judge_words, noisy, official,
-                      probe, retrieve, save_backbone, spied, strict, tune, write_video)
+from conftest import (CPU, ROOT, SHARP, TINY_CLASSES, TORCHRUN, by_hand, by_path, fails, free_port, judge_words, noisy,
+                      official, probe, retrieve, save_backbone, spied, strict, tune, write_video)
 from data import Windows, normalise
 from models import classifier, new_backbone
 
@@ -116,7 +116,7 @@ def broken(tiny_copy, how):
     if how == "garbage":
         file.write_bytes(b"moov atom not found" * 50)
         return path, "Invalid data"
-    split = load_split("ucf101", tiny_copy / "UCF-101", part="test")                 # fewer frames than were counted
+    split = load_split("ucf101", tiny_copy / "UCF-101", part="test")            # fewer frames than were counted
     scan(split)
     index = splits.default_index(split.root)
     entries = json.loads(index.read_text())
@@ -126,9 +126,9 @@ def broken(tiny_copy, how):
 
 
 @pytest.mark.parametrize("how", ["missing", "garbage", "shorter"])
-def test_a_broken_test_video_is_wrong_and_named_and_changes_nothing_else(tiny_copy, checkpoint, found, tmp_path, monkeypatch,
-                                                                         capsys, how):
-    monkeypatch.setattr(splits, "MAX_BAD", 0.2)                                   # 1 of 9 is more than 5 %
+def test_a_broken_test_video_is_wrong_and_named_and_changes_nothing_else(tiny_copy, checkpoint, found, tmp_path,
+                                                                         monkeypatch, capsys, how):
+    monkeypatch.setattr(splits, "MAX_BAD", 0.2)                                 # 1 of 9 is more than 5 %
     path, reason = broken(tiny_copy, how)
     result, arrays = retrieve(tiny_copy, checkpoint, tmp_path / "out")
     assert f"8 of 9 videos scored; 1 could not be read and count as wrong: {path} ({reason}" in capsys.readouterr().out
@@ -145,9 +145,14 @@ def test_a_broken_test_video_is_wrong_and_named_and_changes_nothing_else(tiny_co
     assert list(result["splits"][0]["test"]["failed"]) == [path]
     assert f"count as wrong: {path} ({reason}" in capsys.readouterr().out
 
-    result = tune(tiny_copy, checkpoint, tmp_path / "out")
-    assert list(result["splits"][0]["test"]["failed"]) == [path] and result["splits"][0]["per_class"][TINY_CLASSES[0]] < 0.7
+    result = tune(tiny_copy, checkpoint, tmp_path / "out")["splits"][0]
+    assert list(result["test"]["failed"]) == [path] and result["per_class"][TINY_CLASSES[0]] < 0.7
     assert f"count as wrong: {path} ({reason}" in capsys.readouterr().out
+
+    for name in ("linear_probe-ucf101", "finetune-ucf101-2x"):
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}-predictions.jsonl").read_text().splitlines()]
+        assert [row["path"] for row in rows if row["predicted"] is None] == [path]
+        assert rows[0]["problem"].startswith(reason) and len(rows) == 9
 
 
 def test_a_broken_training_video_is_left_out_and_named(tiny_copy, checkpoint, tmp_path):
@@ -189,6 +194,8 @@ def spy(*args, **kwargs):
 finetune.average_crops = spy
 for name, argv in {argv!r}.items():
     globals()[name].main(argv)
+finetune.average_crops = average
+finetune.main({predict!r})
 """
 
 
@@ -196,8 +203,9 @@ def test_two_processes_give_the_numbers_of_one(tiny, checkpoint, found, probed, 
     argv = {name: judge_words(tiny, checkpoint, tmp_path, *more) for name, more in (
         ("linear_probe", ()), ("retrieval", ("--features", tmp_path / "found.npz", "--k", 1, 5, 10)),
         ("finetune", ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3)))}
+    predict = judge_words(tiny, tmp_path / "finetune-ucf101-2x-1" / "checkpoint.pt", tmp_path, "--predict", tiny)
     script = tmp_path / "all.py"                                                # one start of Python for the three
-    script.write_text(ALL_THREE.format(root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv))
+    script.write_text(ALL_THREE.format(root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv, predict=predict))
     done = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", script], capture_output=True, text=True,
                           timeout=240)
     assert done.returncode == 0, done.stderr
@@ -214,6 +222,27 @@ def test_two_processes_give_the_numbers_of_one(tiny, checkpoint, found, probed, 
     assert all(torch.load(tmp_path / f"scores{rank}").equal(scores[0]) for rank in (0, 1))
     assert len(scores[0].unique()) > 9                                          # not all 0 and 1
     assert strict(tmp_path / "finetune-ucf101-2x.json")["splits"] == tuned["splits"]
+
+    predicted = (tmp_path / "predictions.jsonl").read_text()
+    finetune.main(predict)
+    assert len(predicted.splitlines()) == 27 and (tmp_path / "predictions.jsonl").read_text() == predicted
+
+
+@pytest.mark.parametrize("script, work", [(linear_probe, "probe"), (retrieval, "compare")])
+def test_the_processes_part_before_the_first_one_works_alone(tiny, checkpoint, tmp_path, monkeypatch, script, work):
+    class Alone(Exception):
+        """The first process has begun to work alone."""
+
+    def begin(*_):
+        assert not torch.distributed.is_initialized()
+        raise Alone
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port())):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(script, work, begin)
+    with pytest.raises(Alone):
+        script.main(judge_words(tiny, checkpoint, tmp_path, "--k", 1) if script is retrieval
+                    else judge_words(tiny, checkpoint, tmp_path))
 
 
 # ---- what a result says, and what ends in a sentence
@@ -237,6 +266,19 @@ def test_a_result_says_what_it_is(tiny, checkpoint, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert "ucf101 train split 1: 18 of 18 videos scored" in printed
         assert "ucf101 test split 1: 9 of 9 videos scored" in printed and "chance: 33.3%" in printed
+
+
+def test_a_prediction_names_the_five_best_classes_best_first_and_why_there_is_none():
+    classes = list("abcdefg")
+    split = Split("", None, ["one", "two", "bad", "own"], [6, 0, 1, None], classes, {}, [])
+    scores = np.array([[1, 7, 3, 6, 5, 2, 4], [-np.inf, 0.12345, 0.5, *[-np.inf] * 4], [np.nan] * 7, [0] * 7])
+    rows = predictions(split, scores, {"bad": "moov atom not found"}, classes, "values", split=2)
+    assert [list(row.get("values", {}).items()) for row in rows] == [
+        [("b", 7), ("d", 6), ("e", 5), ("g", 4), ("c", 3)], [("c", 0.5), ("b", 0.1235)], [],    # rounded; -inf: none
+        [("a", 0), ("b", 0), ("c", 0), ("d", 0), ("e", 0)]]                     # of equal ones the first
+    assert [(row["path"], row["label"], row["predicted"], row["split"]) for row in rows] == [
+        ("one", "g", "b", 2), ("two", "a", "c", 2), ("bad", "b", None, 2), ("own", None, "a", 2)]
+    assert [row.get("problem") for row in rows] == [None, None, "moov atom not found", None]
 
 
 @pytest.mark.parametrize("script", [linear_probe, retrieval, finetune])

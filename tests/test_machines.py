@@ -185,3 +185,9 @@ def test_init_takes_all_of_f_or_says_which_keys_are_not_there(world, whole, tmp_
     torch.save(stored_weights, tmp_path / "part.pt")
     said = fails(pretrain.main, words(world, tmp_path / "out", "--init", tmp_path / "part.pt"))
     assert "1 missing (layer3.1.conv1.0.weight)" in said
+
+
+def test_init_without_its_file_ends_before_the_videos_are_scanned(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "list_and_scan", lambda *_: pytest.fail("scanned"))
+    said = fails(pretrain.main, words(world, tmp_path / "out", "--init", tmp_path / "none.pt"))
+    assert "there is no file" in said and not (tmp_path / "out").exists()

@@ -331,6 +331,14 @@ def test_checkpoint_is_loaded_and_its_heads_are_said_to_be_ignored(tmp_path, cap
     assert capsys.readouterr().out == f"loaded r3d18_narrow from {path}: {said}"
 
 
+@pytest.mark.parametrize("form", ["plain", "ddp", "compiled", "inside"])
+def test_fine_tuned_checkpoint_is_loaded_and_its_linear_layer_is_said_to_be_ignored(tmp_path, capsys, model, form):
+    state = classifier(model.backbone, 7).state_dict()
+    path = saved(tmp_path / "c.pt", {"model": wrapped(state, form), "args": ARGS})
+    assert_loaded(load_backbone(path), model)
+    assert capsys.readouterr().out == f"loaded r3d18_narrow from {path}: {N} of {N} tensors; ignored: fc.* (2)\n"
+
+
 def test_torchvision_file_needs_arch_and_its_classifier_is_said_to_be_ignored(tmp_path, capsys):
     theirs = video.r3d_18()
     path = saved(tmp_path / "r3d_18.pth", theirs.state_dict())
@@ -400,7 +408,8 @@ def test_unknown_arch_of_a_file_is_refused_with_the_choices(tmp_path, model, sto
 
 
 def test_no_such_file_is_said(tmp_path):
-    for path, said in ((tmp_path / "none.pt", "^there is no file {}$"), (tmp_path, "^{} is a folder: give a file in")):
+    for path, said in ((tmp_path / "none.pt", "^there is no file {}: run pretrain.py first"),
+                       (tmp_path, "^{} is a folder: give a file in")):
         with pytest.raises(ValueError, match=said.format(path)):
             load_backbone(path, "r3d18_narrow")
 

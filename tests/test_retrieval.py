@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import retrieval
 from common import splits
@@ -73,6 +76,34 @@ def test_search_in_chunks_equals_a_full_sort(cosines):
         row.index(True) if True in row else None for row in wanted]
 
 
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most at any moment; inputs do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return output
+
+
+def test_memory_of_a_search_does_not_grow_with_the_product_of_queries_and_gallery():
+    most = {}
+    for queries in (10, 300):
+        gallery, query = torch.randn(1000, 8).double(), torch.randn(queries, 8).double()
+        with Alive() as alive:
+            retrieval.search(gallery, query, ids([0] * 1000, range(1000)), ids([0] * queries, range(queries)), 1, 4000)
+        most[queries] = alive.most
+    assert most[300] < most[10] + 300 * 1000                                    # bytes; a cosine has eight
+
+
 @pytest.mark.parametrize("own", [0, 1, 3])
 def test_chance_recall_equals_brute_force_over_all_orders(own):
     g_ids = np.array([[0, 0, 1, 2, 2], [0, 1, 2, 3, 4]])
@@ -126,6 +157,15 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
         assert [arrays["gallery_paths"][g] for g in row if g >= 0] == list(neighbours[name]) and row[-1] == -1
 
 
+def test_the_features_say_where_each_video_is_wherever_one_stood(own, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(own.parent)
+    retrieval.main(["--checkpoint", str(checkpoint), "--gallery", own.name, "--query", own.name, "--k", "1", "--windows",
+                    "1", "--workers", "0", "--out", "out", "--features", "f.npz"])
+    arrays = np.load("f.npz")
+    for side in ("gallery", "query"):
+        assert arrays[f"{side}_files"].tolist() == [str(own / path) for path in arrays[f"{side}_paths"]]
+
+
 def test_class_folders_of_ones_own_give_recall_and_neighbours(tiny, checkpoint, tmp_path):
     retrieval.main(judge_words(tiny, checkpoint, tmp_path, "--query", tiny / "UCF-101" / ".", "--k", 1, 5))
     result = strict(tmp_path / "retrieval-ucf101.json")                         # all 27, of them 18 in the gallery
@@ -141,4 +181,5 @@ def test_a_gallery_that_is_empty_or_smaller_than_k_ends_in_one_sentence(tiny, ch
                            (("--gallery", own), f"--k 20 is larger than the gallery, {own}: 6 videos")):
         assert sentence in fails(retrieval.main, judge_words(tiny, checkpoint, tmp_path / "out", *more))
     (own / "video 0.avi").write_bytes(b"")
-    assert "5 videos" in fails(retrieval.main, judge_words(tiny, checkpoint, tmp_path / "out", "--gallery", own, "--k", 6))
+    too_many = judge_words(tiny, checkpoint, tmp_path / "out", "--gallery", own, "--k", 6)
+    assert "5 videos" in fails(retrieval.main, too_many)
