@@ -159,8 +159,8 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
 
 def test_the_features_say_where_each_video_is_wherever_one_stood(own, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(own.parent)
-    retrieval.main(["--checkpoint", str(checkpoint), "--gallery", own.name, "--query", own.name, "--k", "1", "--windows",
-                    "1", "--workers", "0", "--out", "out", "--features", "f.npz"])
+    retrieval.main(["--checkpoint", str(checkpoint), "--gallery", own.name, "--query", own.name, "--k", "1",
+                    "--windows", "1", "--workers", "0", "--out", "out", "--features", "f.npz"])
     arrays = np.load("f.npz")
     for side in ("gallery", "query"):
         assert arrays[f"{side}_files"].tolist() == [str(own / path) for path in arrays[f"{side}_paths"]]
