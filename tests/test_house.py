@@ -25,7 +25,8 @@ def imports(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            found |= {alias.name for alias in node.names} if node.module == "tools" else set()
+            found.add(node.module.removeprefix("tools."))
     return found
 
 

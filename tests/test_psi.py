@@ -112,8 +112,9 @@ def save_checkpoint(path, **args):
 
 
 def words(world, checkpoint, out, *more):
-    return [str(word) for word in ("--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--workers",
-                                   0, "--amp", "off", "--checkpoint", checkpoint, "--out", out, *more)]
+    return [str(word) for word in (
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--workers", 0, "--amp", "off",
+        "--checkpoint", checkpoint, "--out", out, *more)]
 
 
 def strict(file):

@@ -170,7 +170,8 @@ def found_of(videos, **changed):
     paths = sorted(LENGTHS)
     files, classes = [str(videos / path) for path in paths], [path.split("/")[0] for path in paths]
     arrays = dict(query_files=files[:3], query_classes=classes[:3], gallery_files=files, gallery_classes=classes,
-                  nearest=[[1, 12, -1], [0, 2, 12], [12, 0, 1]], cosines=[[0.9, 0.2, 0], [0.8, 0.7, 0.1], [0.5, 0.4, 0.3]])
+                  nearest=[[1, 12, -1], [0, 2, 12], [12, 0, 1]],
+                  cosines=[[0.9, 0.2, 0], [0.8, 0.7, 0.1], [0.5, 0.4, 0.3]])
     return {name: np.array(value) for name, value in (arrays | changed).items()}
 
 
@@ -187,7 +188,8 @@ def test_right_and_wrong_neighbours_differ_in_sign_and_line_and_each_says_its_cl
 
 def test_neighbours_that_are_not_there_are_left_out_and_classes_that_are_unknown_judged_by_nobody(videos):
     rows = neighbours.rows_of(found_of(videos, query_classes=["", "", ""]), queries=2, neighbours=3)
-    assert [[cell.verdict for cell in row] for row in rows] == [["query", *["unknown"] * 2], ["query", *["unknown"] * 3]]
+    verdicts = [[cell.verdict for cell in row] for row in rows]
+    assert verdicts == [["query", *["unknown"] * 2], ["query", *["unknown"] * 3]]
     assert rows[1][0].file == str(videos / sorted(LENGTHS)[2])
 
 

@@ -69,7 +69,7 @@ def commands(*files):
 
 
 def code_of(file):
-    """A page's lines of shell and what stands between backticks, with what the page says of $U put in -> list of str."""
+    """A page's lines of shell, and what stands between backticks, with what the page says of $U put in -> strings."""
     code, language = [], None                                                   # None: outside of a block
     for line in file.read_text().replace("\\\n", " ").splitlines():            # a command's lines joined
         if line.startswith("```"):
