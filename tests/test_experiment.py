@@ -92,6 +92,15 @@ def test_each_row_has_the_flags_that_the_docs_give_it(row):
     assert vars(ours) == vars(theirs)
 
 
+def test_what_tells_most_is_run_first():
+    small = "k-0 e-0 g-0 random-0 k-1 e-1 g-1 random-1 i-0 j-0 f-0 h-0 i-1 j-1 f-1 h-1 b-0 c-0 distinct-0 l-0 m-0 n-0"
+    assert experiment.parse_args(["--small"]).names == small.split()
+    toy = experiment.parse_args(["--toy"]).names
+    assert toy[:3] == ["k-0", "e-0", "g-0"] and toy[11:14] == ["k-1", "e-1", "g-1"] and len(toy) == 33
+    some = experiment.parse_args("--small --rows n e --seeds 3 0".split()).names
+    assert some == ["n-3", "e-3", "n-0", "e-0"]
+
+
 def test_two_rows_run_to_a_table_with_every_figure(whole):
     out, said = whole
     table = (out / "table.md").read_text()

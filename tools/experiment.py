@@ -42,26 +42,29 @@ from common.toy import make_toy
 from common.video import decode
 from tools.results import FINETUNED, FOLLOWED, ROWS, draw_curves, draw_table, read_json, write_table
 
-# What all rows of a setting have alike; side: short side of the frames in memory; finetune "": none
+# What all rows of a setting have alike; side: short side of the frames in memory; order: rows and their seeds, what
+# tells most first; finetune "": none
 GPU = dict(
-    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=128, jobs=4, seeds=[0, 1],
+    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=128, jobs=4,
+    order=[("k e g random i j f h b c distinct l m n", [0, 1])],
     network="--arch r3d18 --frames 16 --size 112",
     pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4",
     judge="--windows 10",
     finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
 SMALL = dict(
-    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=96, jobs=2, seeds=[0, 1],
+    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=96, jobs=2,
+    order=[("k e g random", [0, 1]), ("i j f h", [0, 1]), ("b c distinct l m n", [0])],
     network="--arch r3d18_narrow --frames 8 --size 48",
     pretrain="--batch-size 24 --epochs 400 --warmup-epochs 10 --lr 1e-3 --log-every 50 --keep-every 1000",
     judge="--windows 10",
     finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
 TOY = dict(
-    dataset="toy", data="toy-videos", side=32, jobs=2, seeds=[0, 1, 2],
+    dataset="toy", data="toy-videos", side=32, jobs=2,
+    order=[("k e g random i j f h b c distinct", [0, 1, 2])],
     network="--arch r3d18_narrow --frames 8 --size 24",
     pretrain="",
     judge="--windows 10",
     finetune="")
-ORDER = {"toy": "k e g random i j f h b c distinct".split()}                    # what tells most comes first
 
 
 # ---- All videos in memory
@@ -204,6 +207,15 @@ def last_line(file):
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
+def run_names(order, seeds=None):
+    """ROW-SEED of each run, in order; seeds: these instead of the usual ones."""
+    names = []
+    for rows, usual in order:
+        for seed in seeds or usual:
+            names += [f"{row}-{seed}" for row in rows.split()]
+    return names
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
@@ -211,7 +223,8 @@ def parse_args(argv=None):
     size.add_argument("--small", action="store_true", help="UCF101-8 on a CPU")
     parser.add_argument("--data", help="folder of the videos; None: the setting's")
     parser.add_argument("--out", help="folder of all that is written; None: one below runs/")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {' '.join(ROWS)}; None: all")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW",
+                        help=f"of {' '.join(ROWS)}, in the order given; None: the setting's")
     parser.add_argument("--seeds", type=int, nargs="+", help="of each row; None: the setting's")
     parser.add_argument("--jobs", type=int, help="runs at a time; None: the setting's")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of a run")
@@ -221,11 +234,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     name = "toy" if args.toy else "small" if args.small else "gpu"
     args.settings = dict({"toy": TOY, "small": SMALL, "gpu": GPU}[name])
-    for key in ("data", "seeds", "jobs", "network", "pretrain", "judge", "finetune"):
+    for key in ("data", "jobs", "network", "pretrain", "judge", "finetune"):
         if vars(args)[key] is not None:
             args.settings[key] = vars(args)[key]
     args.jobs = args.settings["jobs"]
-    args.rows = args.rows or ORDER.get(name, "k e g random i j f h b c distinct l m n".split())
+    order = args.settings.pop("order")
+    args.settings["seeds"] = args.seeds or sorted({seed for _, seeds in order for seed in seeds})
+    if args.rows:
+        order = [(" ".join(args.rows), args.settings["seeds"])]
+    args.names = run_names(order, args.seeds)
     args.out = Path(args.out or f"runs/experiment-{name}")
     return args
 
@@ -256,10 +273,9 @@ def main(argv=None):
     except BlockingIOError:
         raise ValueError(f"a run of this experiment is still writing to {args.out}: wait for it, or give another --out")
     check_settings(args.out, args.settings)
-    names = [f"{row}-{seed}" for seed in args.settings["seeds"] for row in args.rows]
-    failed = run_all(names, args.settings, args, args.out)
+    failed = run_all(args.names, args.settings, args, args.out)
     if failed:
-        sys.exit(f"{len(failed)} of {len(names)} runs failed")
+        sys.exit(f"{len(failed)} of {len(args.names)} runs failed")
 
 
 if __name__ == "__main__":
