@@ -99,6 +99,8 @@ def test_what_tells_most_is_run_first():
     assert toy[:3] == ["k-0", "e-0", "g-0"] and toy[11:14] == ["k-1", "e-1", "g-1"] and len(toy) == 33
     some = experiment.parse_args("--small --rows n e --seeds 3 0".split()).names
     assert some == ["n-3", "e-3", "n-0", "e-0"]
+    other = experiment.parse_args("--small --seeds 7".split()).names
+    assert len(other) == 14 and all(name.endswith("-7") for name in other)
 
 
 def test_two_rows_run_to_a_table_with_every_figure(whole):
