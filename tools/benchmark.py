@@ -129,8 +129,8 @@ def scanned(files, index):
 
 def copies(split, folder):
     """The files in a folder of shrunk copies that are named as videos of a split."""
-    by_name = {Path(file).stem: file for file in load_split("folder", folder).found.values()}
-    names = [Path(path).stem for path in split.paths]
+    by_name = {Path(file).name: file for file in load_split("folder", folder).found.values()}
+    names = [Path(path).name for path in split.paths]
     files = [by_name[name] for name in names if name in by_name]
     if not files:
         raise ValueError(f"{folder} has no copy of these videos: it has to be made of them (tools/shrink.py)")

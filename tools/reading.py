@@ -133,10 +133,10 @@ def reading(split, known, shrunk, checkout, count, pairs):
 
 def twins_of(videos, split, known):
     """{path of a video: Video of its shrunk copy}; split, known: of the copies."""
-    by_name = {Path(path).stem: path for path in split.paths}
+    by_name = {Path(path).name: path for path in split.paths}
     twins = {}
     for video in videos:
-        path = by_name.get(Path(video.path).stem)
+        path = by_name.get(Path(video.path).name)
         if path and known[path][0] == video.length:
             twins[video.path], _ = described(str(split.found[path]), known[path], SHRUNK)
     return twins
