@@ -6,11 +6,12 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-FILES = [file for folder in (".", "common", "tools", "tests") for file in sorted((ROOT / folder).glob("*.py"))]
+PLACES = {file: folder for folder in ("", "common", "tools", "tests") for file in sorted((ROOT / folder).glob("*.py"))}
+FILES = list(PLACES)
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
 STAGES = {"pretrain", "finetune", "linear_probe", "retrieval"}
-ROOMS = {f"common.{file.stem}" for file in FILES if file.parent.name == "common"}
-TOOLS = {file.stem for file in FILES if file.parent.name == "tools"}
+ROOMS = {f"common.{file.stem}" for file in FILES if PLACES[file] == "common"}
+TOOLS = {file.stem for file in FILES if PLACES[file] == "tools"}
 MAY_IMPORT = {"losses": set(), "models": set(), "common.judging": ROOMS | {"data", "models"},
               "data": {"common.video", "common.splits", "common.loading", "common.colour"}}
 MAY_IMPORT |= {room: ROOMS | {"models"} for room in ROOMS - {"common.judging"}}
@@ -32,7 +33,7 @@ def imports(tree):
 
 def module(file):
     """How a file is imported."""
-    return f"common.{file.stem}" if file.parent.name == "common" else file.stem
+    return f"common.{file.stem}" if PLACES[file] == "common" else file.stem
 
 
 def functions(file):
@@ -40,7 +41,7 @@ def functions(file):
 
 
 OURS = {module(file): imports(TREES[file]) & {"common", "tests", *map(module, FILES)}
-        for file in FILES if file.parent.name != "tests"}
+        for file in FILES if PLACES[file] != "tests"}
 
 
 def test_every_file_imports_of_ours_only_what_its_place_allows():
@@ -57,7 +58,7 @@ def test_losses_py_imports_torch_alone():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_functions_and_lines_keep_their_caps_and_imports_stand_at_the_top(file):
-    lines, tests = file.read_text().splitlines(), file.parent.name == "tests"
+    lines, tests = file.read_text().splitlines(), PLACES[file] == "tests"
     assert len(lines) <= (600 if file.name == "benchmark.py" else 450 if tests else 375)
     assert [line for line in lines if len(line) > 120] == []
     assert tests or [node.name for node in functions(file) if node.end_lineno - node.lineno >= 45] == []
