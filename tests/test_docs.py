@@ -118,9 +118,15 @@ def test_modules_functions_files_tests_and_flags_that_are_named_are_there(page):
 def test_the_equation_table_names_a_place_for_each_row_and_each_is_there():
     table = README.split("## Equation → code")[1].split("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("|")][2:]
-    assert len(rows) >= 6 and all(quoted(r"[\w/]+\.\w+", row) for row in rows)
-    for module, name in re.findall(r"`(\w+)\.(\w+)`", table):
+    names = re.findall(r"`(\w+)\.(\w+)`", table)
+    assert len(rows) >= 6 and len(names) > 10 and all(quoted(r"[\w/]+\.\w+", row) for row in rows)
+    for module, name in names:
         assert (ROOT / f"{module}.py").is_file() and hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_each_row_of_what_happens_when_is_backed_by_a_test():
+    rows = [row for row in PAGES["docs/faults.md"].splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 20 and [row for row in rows if not quoted(r"test_\w+", row.split(" | ")[2])] == []
 
 
 # ---- README as a page to be read ----

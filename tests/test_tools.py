@@ -2,6 +2,8 @@
 import ast
 import json
 import os
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +46,39 @@ def drawable(tool, log, videos, out):
              "preview": ["--dataset", "folder", "--data", videos, "--frames", 4, "--size", 16, "--workers", 0],
              "psi": ["--dataset", "folder", "--data", videos, "--checkpoint", "none.pt"]}
     return [*words[tool.__name__.removeprefix("tools.")], "--out", out]
+
+
+# ---- All tools ----
+
+SCRIPTS = [file for file in sorted((ROOT / "tools").glob("*.py")) if "__main__" in file.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
+def test_each_tool_says_its_commands_and_refuses_what_it_does_not_know(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"python tools/{script.name}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [str(script), "--nothing"])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert " error: " in capsys.readouterr().err
+
+
+def test_a_tool_as_a_script_ends_in_one_sentence_where_its_videos_are_broken(videos, tmp_path, monkeypatch):
+    copy = shutil.copytree(videos, tmp_path / "videos")
+    words = [ROOT / "tools" / "preview.py", "--dataset", "folder", "--data", copy, "--frames", 4, "--size", 16,
+             "--workers", 0, "--out", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    for file in copy.rglob("*.avi"):                                            # broken, but of the same size and time
+        stat = file.stat()
+        file.write_bytes(bytes(stat.st_size))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(SystemExit, match="^preview.py: error: 10 videos in a row are unreadable, the last: .*Invalid"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 # ---- All pictures ----
