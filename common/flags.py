@@ -44,11 +44,17 @@ def default_arch(dataset):
     return "r3d18_narrow" if dataset == "toy" else "r3d18"
 
 
+def usable_cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):                                        # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_workers():
     """Loader processes for each process of torchrun: the cores shared out, at most 16; without a GPU one core of them
     trains."""
-    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)   # not on macOS
-    cores = len(mine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(1, cores if torch.cuda.is_available() else cores - 1))
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.files import log_json
-from common.flags import Formatter, default_workers
+from common.flags import Formatter, usable_cores
 from common.processes import run
 from common.splits import MAX_BAD
 from common.tree import REPORT, WORK, is_video, list_tree
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="short side; never enlarged")
     parser.add_argument("--quality", type=int, default=4, metavar="Q", help="MPEG-4's quantiser, 1 (best) to 31")
     parser.add_argument("--intra", action="store_true", help="key frames only")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
     args = parser.parse_args(argv)
     for name, least, most in (("size", 8, 1024), ("quality", 1, 31), ("workers", 1, 1024)):
         if not least <= getattr(args, name) <= most:
@@ -138,7 +138,7 @@ def copy_all(source, target, todo, settings, workers, bar):
 
     ValueError: a process was killed. OSError: DST cannot be written to.
     """
-    copies = {}
+    copies, before, after = {}, 0, 0
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_process)
     try:
         for start in range(0, len(todo), PART):
@@ -150,9 +150,11 @@ def copy_all(source, target, todo, settings, workers, bar):
                 file, beside = futures[future]
                 if isinstance(future.exception(), BrokenProcessPool):
                     raise ValueError(why_broken(futures))
-                copies[file.path] = future.result()
-                finish(target, file.path, beside, copies[file.path])
-                bar.set_postfix_str(megabytes(copies), refresh=False)
+                copy = copies[file.path] = future.result()
+                finish(target, file.path, beside, copy)
+                before += copy.before
+                after += copy.after
+                bar.set_postfix_str(megabytes(before, after), refresh=False)
                 bar.update()
     finally:
         for process in multiprocessing.active_children():
@@ -168,7 +170,7 @@ def why_broken(futures):
         if beside.exists() and isinstance(future.exception(), BrokenProcessPool):
             names.append(file.path)
     return ("a process was killed (memory full, or a video that FFmpeg dies of) while one of these was read: "
-            + ", ".join(names))
+            + (", ".join(names) or "none yet"))
 
 
 def finish(target, path, beside, copy):
@@ -182,19 +184,18 @@ def finish(target, path, beside, copy):
         beside.replace(target / path)
 
 
-def megabytes(copies):
-    """Size of the videos before and after, in words."""
-    videos = [copy for path, copy in copies.items() if is_video(path)]
-    before, after = sum(copy.before for copy in videos), sum(copy.after for copy in videos)
+def megabytes(before, after):
     return f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB"
 
 
 # ---- What came of it ----
 
-def summary(target, copies):
+def summary(target, files, copies):
     """What was copied and what could not be, in words. ValueError: too many of the videos are lost."""
-    videos = sum(map(is_video, copies))
-    words = [f"{target}: {videos} videos, {megabytes(copies)}; {len(copies) - videos} others"]
+    of_videos = [copies[path] for path in filter(is_video, files)]
+    videos = len(of_videos)
+    sizes = megabytes(sum(copy.before for copy in of_videos), sum(copy.after for copy in of_videos))
+    words = [f"{target}: {videos} videos, {sizes}; {len(files) - videos} others"]
     lost = {path: copy for path, copy in copies.items() if copy.problem and not copy.frames}
     short = {path: copy for path, copy in copies.items() if copy.problem and copy.frames}
     for what, found in (("could not be read", lost), ("end early", short)):
@@ -241,7 +242,7 @@ def main(argv=None):
     finally:
         bar.close()
         shutil.rmtree(work, ignore_errors=True)
-    print(summary(target, copies))
+    print(summary(target, files, copies))
 
 
 if __name__ == "__main__":
