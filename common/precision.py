@@ -8,10 +8,11 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}
 
 
 def default_amp():
-    """The precision that is faster here: bf16 where the hardware has it; else fp16 on a GPU, float32 on a CPU."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if cpu_has_bf16() else "off"
+    """bf16 where a GPU has it, else fp16; on a CPU float32, since torch's bf16 kernels there are not to be trusted with
+    every shape (see mend_bf16_on_cpus): there bf16 is for those who ask for it."""
+    if not torch.cuda.is_available():
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def cpu_has_bf16():
@@ -35,19 +36,21 @@ def step_scaled(scaler, optimizer, loss):
 
 
 def mend_bf16_on_cpus(network):
-    """Let 3D convolutions over two frames run in float32 -> the network.
+    """Let 3D convolutions over very small clips run in float32 -> the network.
 
-    On CPUs torch's bf16 gradient of their weights is wrong, up to 1e36 (oneDNN, torch 2.14, kernels of 3x3x3): 16-frame
-    clips meet it in layer3, 8-frame clips in layer2. It costs nothing that can be measured.
+    On CPUs torch's bf16 gradient of their weights is wrong, up to 1e36, or ends the process (oneDNN, torch 2.14), where
+    a kernel of 3 frames goes over 2, one of 7 over 2 to 7, or one with stride 2 over a single pixel: 16-frame clips
+    meet it in layer3, 8-frame clips in layer2, 4-frame clips in the stem. It costs nothing that can be measured.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
-            module.forward = partial(two_frames_in_float32, module.forward)
+            module.forward = partial(small_clips_in_float32, module.forward, module.kernel_size[0])
     return network
 
 
-def two_frames_in_float32(forward, x):                                          # (N, C, T, H, W)
-    if x.shape[2] != 2:
+def small_clips_in_float32(forward, kernel, x):                                 # (N, C, T, H, W)
+    frames, height, width = x.shape[2:]
+    if not 1 < frames <= kernel and min(height, width) > 1:
         return forward(x)
     with torch.autocast(x.device.type, enabled=False):
         return forward(x.float())

@@ -36,11 +36,14 @@ import pretrain
 import retrieval
 from common.files import write_json
 from common.flags import Formatter
+from common.precision import cpu_has_bf16
 from common.processes import run
 from common.splits import load_split, scan
 from common.toy import make_toy
 from common.video import decode
 from tools.results import FINETUNED, FOLLOWED, ROWS, draw_curves, draw_table, read_json, write_table
+
+FASTER = "bf16" if cpu_has_bf16() else "off"                                    # on a CPU
 
 # What all rows of a setting have alike; side: short side of the frames in memory; order: rows and their seeds, what
 # tells most first; finetune "": none
@@ -54,14 +57,14 @@ GPU = dict(
 SMALL = dict(
     dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=96, jobs=2,
     order=[("k e g random", [0, 1]), ("i j f h", [0, 1]), ("b c distinct l m n", [0])],
-    network="--arch r3d18_narrow --frames 8 --size 48",
+    network=f"--arch r3d18_narrow --frames 8 --size 48 --amp {FASTER}",
     pretrain="--batch-size 24 --epochs 400 --warmup-epochs 10 --lr 1e-3 --log-every 50 --keep-every 1000",
     judge="--windows 10",
     finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
 TOY = dict(
     dataset="toy", data="toy-videos", side=32, jobs=2,
     order=[("k e g random i j f h b c distinct", [0, 1, 2])],
-    network="--arch r3d18_narrow --frames 8 --size 24",
+    network=f"--arch r3d18_narrow --frames 8 --size 24 --amp {FASTER}",
     pretrain="",
     judge="--windows 10",
     finetune="")
