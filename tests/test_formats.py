@@ -98,8 +98,7 @@ def pixels(frame):
         return zlib.crc32(np.ascontiguousarray(frame.to_ndarray(format="rgba64le")))
 
 
-@pytest.mark.parametrize("codec, options, form, suffix", CASES,
-                         ids=lambda value: value if isinstance(value, str) else "-" if isinstance(value, dict) else None)
+@pytest.mark.parametrize("codec, options, form, suffix", CASES)
 def test_every_format_gives_the_frames_of_a_sequential_decode(tmp_path, codec, options, form, suffix):
     path = tmp_path / f"{codec}.{suffix}"
     write(path, codec, options, form)

@@ -97,7 +97,8 @@ def test_tall_and_tiny_real_videos_become_squares_too(shared):
 
 
 def test_a_change_of_picture_size_is_an_error_unless_pictures_are_scaled_to_boxes(tmp_path):
-    parts = [write_video(tmp_path / f"{h}.h264", ramps(h, 64) * 2, codec="libx264", preset="ultrafast", bf="0") for h in (48, 80)]
+    x264 = dict(codec="libx264", preset="ultrafast", bf="0")
+    parts = [write_video(tmp_path / f"{h}.h264", ramps(h, 64) * 2, **x264) for h in (48, 80)]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     assert examine(path)[:4] == (8, 80, 64, "")

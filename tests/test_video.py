@@ -1,4 +1,4 @@
-"""common/video.py: exactly the frames of a sequential decode, whatever the file.   TEST_DECODES=10000: longer for leaks"""
+"""common/video.py: exactly the frames of a sequential decode, whatever the file. TEST_DECODES=10000: more for leaks"""
 import contextlib
 import csv
 import ctypes
@@ -187,7 +187,8 @@ MOVING = {
 @pytest.fixture(scope="session")
 def moving(tmp_path_factory):
     """Videos in which something moves, so that a frame decoded from wrong references shows."""
-    folder, frames = tmp_path_factory.mktemp("moving"), list(toy_video("ChecksOrbit", np.random.default_rng(0), 64)[:60])
+    folder = tmp_path_factory.mktemp("moving")
+    frames = list(toy_video("ChecksOrbit", np.random.default_rng(0), 64)[:60])
     return {kind: write_video(folder / kind, frames, **options) for kind, options in MOVING.items()}
 
 
@@ -238,7 +239,7 @@ def test_needed_frames_of_original_ucf101_files_are_those_of_a_decode_in_order(s
 
 @pytest.fixture
 def sent(monkeypatch):
-    """(time stamp, whether it may be passed over) of all packets that read_needed sends; None: the decoder is emptied."""
+    """(time stamp, whether it may be passed over) of all packets that read_needed sends; None: it is emptied."""
     packets, opened = [], video.open_video
 
     class Recorder:
