@@ -203,6 +203,17 @@ def test_colours_are_kept(tmp_path, codec, pix_fmt, tags):
     assert (was - now).abs().max() < 3, (was, now)
 
 
+def test_a_video_that_players_turn_becomes_upright_and_asks_for_no_turn(shared, tmp_path):
+    source = shared / "videos" / "odd" / "video_90.mov"
+    assert next(read_frames(source)).rotation == -90 and count(source)[:3] == (3, 568, 320)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mov").symlink_to(source)
+    assert run(tmp_path / "in", tmp_path / "out", "--size", 320, "--quality", 1) == ""
+    assert next(read_frames(tmp_path / "out" / "a.mov")).rotation == 0
+    was, now = (decode(path, range(3)).float() for path in (source, tmp_path / "out" / "a.mov"))
+    assert was.shape == now.shape == (3, 3, 568, 320) and (was - now).abs().mean() < 5
+
+
 def test_videos_are_not_enlarged(tmp_path):
     (tmp_path / "in").mkdir()
     write_video(tmp_path / "in" / "a.avi", numbered(3))

@@ -239,6 +239,10 @@ def test_a_video_that_is_gone_is_said_to_be_unreadable_and_a_frame_is_the_middle
     assert "cannot be read" in [text.get_text() for text in axes.texts]
 
 
+def test_a_damaged_video_is_shown_by_a_frame_of_what_can_be_read(shared):
+    assert neighbours.middle_frame(shared / "videos" / "odd" / "corrupted.mp4").shape == (160, 160, 3)
+
+
 def test_a_file_that_is_not_of_retrieval_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "text.npz").write_text("no arrays")
     np.savez(tmp_path / "other.npz", x=np.ones(2))

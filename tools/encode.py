@@ -10,6 +10,7 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from common.pictures import upright
 from common.tree import is_video
 from common.video import VideoError, examine, read_frames, reason
 
@@ -72,8 +73,8 @@ def shrunk(path, size, quality, intra):
     """Encode a video's frames small -> an MP4 file's bytes, frames, height, width, problem ("": none).
 
     Every 33rd frame is a key frame, and between two frames that others refer to lie 7 that none does, so a reader that
-    asks for few frames need not decode the rest. Time stamps are kept from 0 on. Colours become BT.601's of limited
-    range, what every reader takes a file without tags for.
+    asks for few frames need not decode the rest. Pictures become upright, so that no reader need turn them. Time stamps
+    are kept from 0 on. Colours become BT.601's of limited range, what every reader takes a file without tags for.
     """
     options = dict(qmin=str(quality), qmax=str(quality))
     if intra:
@@ -87,7 +88,7 @@ def shrunk(path, size, quality, intra):
         stream.codec_context.thread_count = 1
         scaler = VideoReformatter()
         try:
-            for frame in frames:
+            for frame in map(upright, frames):
                 if not stamps:
                     unit = frame.time_base or Fraction(1, 25)
                     stream.height, stream.width = small_shape(frame.height, frame.width, size)

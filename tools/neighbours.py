@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.flags import Formatter
 from common.processes import run
-from common.video import VideoError, decode, read_frames
+from common.video import VideoError, decode, examine
 from tools.pictures import WIDTH, check_picture, printable, pyplot, save
 
 CELL = 160                                                                      # pixels of a frame's short side
@@ -89,8 +89,8 @@ def verdict_of(name, found):
 def middle_frame(file):
     """A video's middle frame, its centre -> uint8 (CELL, CELL, 3), or None where it cannot be read any more."""
     try:
-        frames = sum(1 for _ in read_frames(file))
-        frame = decode(file, [frames // 2], CELL)[0]                            # (3, h, w), the short side CELL
+        frames, *_, packets = examine(file)                                     # a damaged video has some frames, too
+        frame = decode(file, [frames // 2], CELL, packets=packets)[0]           # (3, h, w), the short side CELL
     except VideoError:
         return None
     top, left = ((side - CELL) // 2 for side in frame.shape[1:])
