@@ -4,6 +4,7 @@ import errno
 import os
 import pwd
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_class_folders_that_are_links_in_other_letters_are_found(tmp_path):
     (root / "HandstandPushups").symlink_to(tmp_path / "disk")
     split = load_split("ucf101", root)
     assert split.found[listed[0]] == root / "HandstandPushups/v_HandstandPushups_g01_c01.avi" and not split.missing
+
+
+def test_folders_pipes_and_links_to_nothing_are_no_videos(tmp_path):
+    listed = ["Run/a.avi", "Run/b.avi", "Run/c.avi", "Run/d.avi"]
+    root = touch(ucf(tmp_path, listed), "Run/a.avi", "Run/b.avi/readme.txt")
+    os.mkfifo(root / "Run/c.avi")
+    (root / "Run/d.avi").symlink_to("nowhere")
+    assert load_split("ucf101", root).missing == listed[1:]
+    assert load_split("folder", root).missing == listed[2:]
 
 
 def test_a_walk_follows_links_and_ends_where_they_lead_back(tmp_path):
@@ -237,6 +247,13 @@ def test_short_missing_and_unreadable_videos_are_left_out_and_counted():
                       "003.avi (no moov), 004.avi (no moov); 40 shorter than 16 frames: 005.avi, 006.avi, "
                       "007.avi, ...")
     assert len(usable(*planned(100, cut=4), T=32)[0]) == 96
+
+
+def test_the_report_has_the_published_number_of_videos():
+    split, index = planned(100)
+    for title, number in (("hmdb51 test split 3", "1530"), ("kinetics400 train", "around 240000")):
+        _, report = usable(replace(split, title=title), index)
+        assert report == f"{title}: 100 videos (published: {number}), 100 usable"
 
 
 def test_more_than_one_bad_video_in_twenty_is_an_error():
