@@ -257,7 +257,7 @@ POSITIVES = dict(loss_equi="no other video in the batch has its pq", loss_inst="
 @pytest.mark.parametrize("alone", [12, 1])                                      # of the twelve anchors
 def test_an_anchor_without_any_positive_is_refused(loss, ids, alone):
     ids = ids.clone()
-    ids[:, -alone:] = 99 + torch.arange(alone)                                  # videos and transformations of their own
+    ids[:, -alone:] = 99 + torch.arange(alone)                                  # ids of their own
     with pytest.raises(ValueError, match=f"{loss.__name__}: an anchor has no positive, .*{POSITIVES[loss.__name__]}"):
         loss(features(), *ids)
 

@@ -4,7 +4,6 @@
 one.
 """
 import errno
-import itertools
 import os
 import re
 import resource
@@ -64,19 +63,6 @@ def test_a_signal_makes_a_checkpoint_at_once_and_the_resumed_run_is_bit_for_bit(
         train(world, tmp_path, "--log-every", 1000, "--workers", workers)       # a message is exit status 1
     assert stored(tmp_path)["step"] == 4
     assert same(train(world, tmp_path, "--workers", 1), stored(whole))
-
-
-def test_a_signal_is_answered_while_a_batch_is_waited_for(world, tmp_path, monkeypatch):
-    def two_batches_and_a_stalled_disk(*args):
-        yield from itertools.islice(step_loader(*args), 2)
-        kill("SIGTERM")
-        time.sleep(20)
-        raise AssertionError("nobody answered")
-    step_loader = pretrain.step_loader
-    monkeypatch.setattr(pretrain, "step_loader", two_batches_and_a_stalled_disk)
-    with pytest.raises(SystemExit, match="^SIGTERM: saved step 2 of 9"):
-        train(world, tmp_path)
-    assert stored(tmp_path)["step"] == 2
 
 
 def test_ctrl_c_outside_training_ends_in_one_sentence_and_leaves_no_scan_behind(world, tmp_path, monkeypatch):
