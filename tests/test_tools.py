@@ -284,6 +284,16 @@ def test_memory_or_files_that_grow_are_found_and_others_not():
         "resident memory grows", "open files grow"]
 
 
+def test_files_of_batches_on_their_way_are_no_growth_and_a_file_that_stays_open_is():
+    steps = np.arange(400)
+    on_their_way = np.random.default_rng(0).integers(0, 20, 400)
+    for leaked, grows in ((0 * steps, False), (steps // 100, True)):
+        rows = np.stack([steps % 2, 1000 + on_their_way, 9 + on_their_way + leaked], axis=1)
+        found = soak.middle_and_end(rows, 2)
+        assert len(found) == 2 and all((end.files > middle.files) == grows for middle, end in found)
+        assert all(abs(end.memory - middle.memory) < 9 for middle, end in found)
+
+
 # ---- Commands of the pages ----
 
 PAGE = '''

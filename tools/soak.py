@@ -243,11 +243,14 @@ def middle_and_end(rows, workers):
     found = []
     for worker in range(workers):
         mine = rows[rows[:, 0] == worker, 1:]                                   # (steps of this worker, 2)
-        near = len(mine) // 20 + 1
-        middle = np.median(mine[len(mine) // 2 - near:len(mine) // 2], axis=0)
-        end = np.median(mine[-near:], axis=0)
-        found.append((Held(*middle.tolist()), Held(*end.tolist())))
+        quarter = len(mine) // 4
+        found.append((typical(mine[quarter:2 * quarter]), typical(mine[-quarter:])))
     return found
+
+
+def typical(rows):
+    """rows: (n, 2) kB, files -> Held: the median memory, and the fewest files, without those of batches on their way."""
+    return Held(float(np.median(rows[:, 0])), int(rows[:, 1].min()))
 
 
 def decode_on(decodes, restarts, workers):
