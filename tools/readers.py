@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from common.video import converter, decode
+from common.pictures import converter
+from common.video import decode
 from data import draw_view, sample_pair
 
 T, SIZE = 16, 128                                                               # of a clip (Sec. 3.4)
