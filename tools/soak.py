@@ -249,7 +249,7 @@ def middle_and_end(rows, workers):
 
 
 def typical(rows):
-    """rows: (n, 2) kB, files -> Held: the median memory, and the fewest files, without those of batches on their way."""
+    """rows: (n, 2) kB, files -> Held: the median memory; the fewest files, since batches on their way hold some."""
     return Held(float(np.median(rows[:, 0])), int(rows[:, 1].min()))
 
 
