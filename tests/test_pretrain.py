@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import pretrain
-from conftest import ROOT, TORCHRUN, free_port, lines, write_lists
-from data import write_video
+from common.checkpoints import warmup_cosine
+from conftest import ROOT, SHARP, TORCHRUN, free_port, lines, write_lists, write_video
 from models import TimeEquivariant, load_backbone
 
 
@@ -25,8 +24,8 @@ def ramps(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("ramps"), np.random.default_rng(0)
     for k in range(48):
         frames = ramp(rng)
-        write_video(root / "ordered" / f"{k}.avi", frames)
-        write_video(root / "shuffled" / f"{k}.avi", rng.permutation(frames))
+        write_video(root / "ordered" / f"{k}.avi", frames, **SHARP)
+        write_video(root / "shuffled" / f"{k}.avi", rng.permutation(frames), **SHARP)
     return root
 
 
@@ -117,7 +116,7 @@ def test_flags_not_given_take_the_papers_values(dataset, arch, expected):
 
 def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    schedule, rates = common.warmup_cosine(optimizer, 10, 110), []
+    schedule, rates = warmup_cosine(optimizer, 10, 110), []
     for _ in range(110):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
@@ -132,7 +131,7 @@ def test_the_knn_check_reports_accuracy_beside_chance_and_changes_no_training(tm
     rng = np.random.default_rng(0)
     for k in range(24):                                                         # class 0 is dark, class 1 is bright
         texture = rng.integers(0, 40, (1, 32, 32, 3)) + 150 * (k % 2)
-        write_video(tmp_path / "videos" / f"class{k % 2}" / f"{k}.avi", texture.repeat(30, 0).astype(np.uint8))
+        write_video(tmp_path / "videos" / f"class{k % 2}" / f"{k}.avi", texture.repeat(30, 0).astype(np.uint8), **SHARP)
     losses = {}
     for knn_every in ("0", "1"):
         out = tmp_path / knn_every
@@ -177,9 +176,17 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
                  pq=torch.arange(B) // 2, speed=torch.randint(0, 4, (B, 2)), direction=torch.randint(0, 2, (B, 2)),
                  order=torch.randint(0, 3, (B,)), seed=torch.randint(0, 99, (B, 2)))
 
+    class Double(torch.nn.Module):
+        inner = model
+
+        def forward(self, clips):
+            return self.inner(clips.double())
+
+    batch = pretrain.to_device(batch, torch.device("cpu"))
+
     def gradient(n):
         model.zero_grad()
-        pretrain.forward_backward(lambda clips: model(clips.double()), batch, n, 0.1)
+        pretrain.forward_backward(Double(), batch, n, 0.1)
         return [weight.grad.clone() for weight in model.parameters()]
     for whole, accumulated in zip(gradient(1), gradient(parts)):
         assert torch.allclose(whole, accumulated, rtol=0, atol=1e-12)
