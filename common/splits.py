@@ -105,7 +105,7 @@ def default_index(root):
 def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> dict:
     """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
 
-    An entry holds for one file size and modification time; a lost index, or half of one, is only made anew.
+    An entry holds as long as `stamp` of its file; a lost index, or half of one, is only made anew.
     -> {path: (frames, height, width, problem, packets)} for the files found, as `examine` finds them.
     ValueError: too many files are missing (MAX_BAD), or all; `index` is another file, or cannot be written.
     """
