@@ -1,14 +1,14 @@
-"""pretrain.py from video files to checkpoint: what it learns, what it writes, how it goes on."""
+"""pretrain.py from video files to checkpoint: what it learns, and what it writes."""
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SHARP, TORCHRUN, lines, write_lists, write_video
 
 import pretrain
 from common.checkpoints import warmup_cosine
-from conftest import ROOT, SHARP, TORCHRUN, free_port, lines, write_lists, write_video
 from models import TimeEquivariant, load_backbone
 
 
@@ -32,7 +32,7 @@ def ramps(tmp_path_factory):
 def pretrain_on(data, out, *flags):
     """Run pretrain.main in this process -> the lines of its log that report on steps."""
     pretrain.main(["--dataset", "folder", "--data", str(data), "--out", str(out), "--arch", "r3d18_narrow", "--workers",
-                   "0", "--frames", "8", "--size", "16", "--batch-size", "12", *flags])
+                   "0", "--frames", "8", "--size", "16", "--batch-size", "12", "--amp", "off", *flags])
     return lines(out)
 
 
@@ -85,12 +85,6 @@ def test_the_baseline_of_figure_5_trains_on_four_clips_a_video(ramps, tmp_path):
 def test_spatial_equivariance_trains(ramps, tmp_path, flags):
     line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--equivariance", *flags)[-1]
     assert np.isfinite(line["equi"]) and line["psi_chance"] == pytest.approx(1 / 11, rel=1e-3)      # no chance partners
-
-
-def test_a_checkpoint_of_other_arguments_is_not_continued(ramps, tmp_path):
-    pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1")
-    with pytest.raises(ValueError, match="holds another run's checkpoint .*lam 0.1 -> 0.2"):
-        pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--lam", "0.2")
 
 
 def test_backbone_pt_is_the_checkpoints_backbone_and_loads(ramps, tmp_path):
@@ -172,49 +166,25 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
     for module in model.modules():                                              # a part's own statistics would differ
         if "BatchNorm" in type(module).__name__:
             module.eval()
-    batch = dict(clips=torch.randint(0, 255, (B, 2, 4, 3, 16, 16), dtype=torch.uint8), video=torch.arange(B),
-                 pq=torch.arange(B) // 2, speed=torch.randint(0, 4, (B, 2)), direction=torch.randint(0, 2, (B, 2)),
-                 order=torch.randint(0, 3, (B,)), seed=torch.randint(0, 99, (B, 2)))
-
-    class Double(torch.nn.Module):
-        inner = model
-
-        def forward(self, clips):
-            return self.inner(clips.double())
-
-    batch = pretrain.to_device(batch, torch.device("cpu"))
+    batch = dict(clips=torch.randn(B, 2, 3, 4, 16, 16).double(), video=torch.arange(B), pq=torch.arange(B) // 2,
+                 speed=torch.randint(0, 4, (B, 2)), direction=torch.randint(0, 2, (B, 2)),
+                 order=torch.randint(0, 3, (B,)))
 
     def gradient(n):
         model.zero_grad()
-        pretrain.forward_backward(Double(), batch, n, 0.1)
+        pretrain.forward_backward(model, batch, n, 0.1)
         return [weight.grad.clone() for weight in model.parameters()]
     for whole, accumulated in zip(gradient(1), gradient(parts)):
         assert torch.allclose(whole, accumulated, rtol=0, atol=1e-12)
-
-
-def test_two_machines_of_two_processes_train_together(ramps, tmp_path):
-    """Two torchrun agents on this machine stand for two machines."""
-    port = free_port()
-    agents = [subprocess.Popen(
-        [*TORCHRUN, "--nnodes=2", "--nproc_per_node=2", f"--node_rank={node}", "--master_addr=localhost",
-         f"--master_port={port}", str(ROOT / "pretrain.py"), "--dataset", "folder", "--data", str(ramps / "ordered"),
-         "--out", str(tmp_path), "--arch", "r3d18_narrow", "--frames", "4", "--size", "16", "--batch-size", "24",
-         "--epochs", "1", "--workers", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in (0, 1)]
-    said = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
-    line = lines(tmp_path)[-1]
-    assert line["step"] == 2 and "on 4 cpu process(es)" in said[0]
-    assert line["phi_chance"] == pytest.approx(1 / 47, rel=1e-3)                # keys of all 2 * 24 clips
 
 
 @pytest.mark.parametrize("which, processes", [("ucf_original", 1), ("ucf8_128", 2)])
 def test_the_command_line_trains_on_real_ucf101_files(shared, tmp_path, which, processes):
     root = shared / "videos" / which
     official = root / "ucfTrainTestlist"
-    some = (official / "trainlist01.txt").read_text().splitlines()[::8 if which == "ucf8_128" else 1][:80]
-    lists = write_lists(tmp_path / "lists", (), trainlist01=some,
-                        classInd=(official / "classInd.txt").read_text().splitlines())
+    listed = (official / "trainlist01.txt").read_text().splitlines()
+    classes = (official / "classInd.txt").read_text().splitlines()
+    lists = write_lists(tmp_path / "lists", (), trainlist01=listed[::len(listed) // 40][:40], classInd=classes)
     start = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     done = subprocess.run(start + [
         str(ROOT / "pretrain.py"), "--dataset", "ucf101", "--data", str(root / "UCF-101"), "--annotations", str(lists),

@@ -100,7 +100,7 @@ WRONG = [                                                                       
     # paths
     ("pretrain", lambda here: ["--data", here / "none"], "the video folder .*none does not exist"),
     ("pretrain", lambda here: ["--data", write(here / "a.avi", "")], "the video folder .*a.avi is a file"),
-    ("pretrain", lambda here: ["--dataset", "toy", "--data", empty(here)], "empty is not the toy set: say with --dataset"),
+    ("pretrain", lambda here: ["--dataset", "toy", "--data", empty(here)], "is not the toy set: say with --dataset"),
     ("pretrain", lambda here: ["--index", write(here / "list.txt", "a 1")], "list.txt is no index of a scan"),
     ("pretrain", lambda here: ["--index", write(here / "V2.json", '[{"vid_name": "a"}]')], "V2.json is no index of"),
     ("pretrain", lambda here: ["--dataset", "folder", "--data", empty(here)], "looked for videos in .*empty, found 0"),
