@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.video import VideoError, decode, examine
-from conftest import numbered, write_video
+from common.pictures import upright
+from common.video import VideoError, decode, examine, read_frames
+from conftest import drifting, numbered, write_video
 from data import draw_view
+from tools.encode import shrunk
 
 
 def ramps(height, width):
@@ -127,20 +129,82 @@ def test_a_phones_video_is_upright_in_frames_sizes_and_boxes(shared):
     assert (decode(path, wanted, 80).float() - resized(shown[wanted], 142, 80)).abs().mean() < 4
 
 
+SHOWN_AT = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}             # clockwise quarter turns: a, b, c, d
+
+
+@pytest.fixture(params=SHOWN_AT)
+def turned(request, tmp_path):
+    """A video whose header asks for quarter turns: its matrix is written over -> the same without, with, turns."""
+    plain = write_video(tmp_path / "plain.mp4", drifting(20, side=64)[:, :48], codec="libx264", bf="2", g="8")
+    content = plain.read_bytes()
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = SHOWN_AT[request.param]
+    matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14]) << 16
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(content[:at] + matrix.astype(">i4").tobytes() + content[at + 36:])
+    return plain, path, request.param
+
+
+def test_frames_and_sizes_are_turned_as_the_header_asks(turned):
+    plain, path, turns = turned
+    stored = decode(plain, range(20))
+    assert torch.equal(decode(path, range(20)), stored.rot90(-turns, (2, 3)))
+    assert examine(path)[:4] == ((20, 64, 48, "") if turns % 2 else (20, 48, 64, ""))
+
+
+def test_sizes_and_boxes_of_a_turned_video_are_those_of_the_same_video_stored_upright(turned, tmp_path):
+    _, path, _ = turned
+    stored = tmp_path / "upright.mkv"
+    with av.open(str(stored), "w") as container:
+        for frame in map(upright, read_frames(path)):
+            if not container.streams:
+                stream = container.add_stream("ffv1", 25)
+                stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, "yuv420p"
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert torch.equal(decode(path, range(20)), decode(stored, range(20)))
+    boxes = [draw_view(*examine(path)[1:3], seed)[0] for seed in range(20)]
+    for size, some in ((24, None), (33, None), (24, boxes)):
+        assert torch.equal(decode(path, range(20), size, some), decode(stored, range(20), size, some))
+
+
+def test_a_shrunk_copy_of_a_turned_video_is_stored_upright(turned, tmp_path):
+    _, path, _ = turned
+    content, frames, height, width, problem = shrunk(path, size=64, quality=1, intra=True)
+    (tmp_path / "small.mp4").write_bytes(content)
+    assert (frames, height, width, problem) == examine(path)[:4]
+    difference = decode(tmp_path / "small.mp4", range(20)).float() - decode(path, range(20))
+    assert difference.abs().mean() < 4
+
+
 @pytest.mark.parametrize("suffix", ("mkv", "mov"))
-def test_a_thumbnail_stream_before_the_video_is_passed_over(tmp_path, suffix):
+@pytest.mark.parametrize("first", (True, False))
+def test_a_stream_of_one_picture_beside_the_video_is_passed_over(tmp_path, suffix, first):
     path = tmp_path / f"two.{suffix}"
     with av.open(str(path), "w") as container:
-        cover = container.add_stream("mjpeg", 25)
-        cover.width, cover.height, cover.pix_fmt = 32, 24, "yuvj420p"
-        video = container.add_stream("mpeg4", 25)
+        streams = [container.add_stream(codec, 25) for codec in (("mjpeg", "mpeg4") if first else ("mpeg4", "mjpeg"))]
+        cover, video = streams if first else reversed(streams)
+        cover.width, cover.height, cover.pix_fmt = 160, 120, "yuvj420p"
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((24, 32, 3), np.uint8))))
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((120, 160, 3), np.uint8))))
         container.mux(cover.encode())
         for picture in numbered(40):
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))))
         container.mux(video.encode())
+    alone = write_video(tmp_path / f"alone.{suffix}", numbered(40))
     frames, height, width, problem, packets = examine(path)
     assert (frames, height, width, problem) == (40, 48, 64, "")
     for known in ("", packets):
-        assert decode(path, [39, 3], packets=known).shape == (2, 3, 48, 64)
+        assert torch.equal(decode(path, [39, 3], packets=known), decode(alone, [39, 3]))
+    assert shrunk(path, size=128, quality=4, intra=False)[1:] == (40, 48, 64, "")
+
+
+def test_pictures_that_cannot_be_converted_are_an_error_that_names_the_video(tmp_path, monkeypatch):
+    def refused(*args):
+        raise OSError(95, "Operation not supported")                            # what FFmpeg says of some formats
+    path = write_video(tmp_path / "a.avi", numbered(5))
+    monkeypatch.setattr("common.pictures.as_rgb", refused)
+    with pytest.raises(VideoError, match="a.avi: Operation not supported"):
+        decode(path, [3], 24)
+    monkeypatch.setattr("common.video.checksum", refused)
+    assert examine(path)[3:] == ("Operation not supported", "")
