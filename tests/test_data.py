@@ -272,7 +272,7 @@ def test_batches_do_not_depend_on_workers_processes_or_the_step_one_starts_at(vi
 def test_loader_processes_share_what_the_scan_knows_of_packets_even_if_not_forked(videos):
     pairs = dataset(videos)
     copy = pickle.loads(ForkingPickler.dumps(pairs))                            # as a new process gets it
-    assert copy.packets.numel() > 3000 and copy.packets.is_shared()
+    assert copy.packets.numel() > 1000 and copy.packets.is_shared()
     pairs.packets.zero_()
     assert not copy.packets.any()
 

@@ -80,8 +80,8 @@ def rehearse_a_step(monkeypatch, losses, parts, amp):
     """A step of pretrain.py, all but the backward pass, and what is to be true of it."""
     cuda = torch.device("cuda")
     with fake_cuda(monkeypatch) as copies:
-        with cuda:                                                              # not around the step: what it makes must
-            model = TimeEquivariant("r3d18_narrow", losses)                     # say itself where
+        with cuda:                                                              # not around the step: what that makes
+            model = TimeEquivariant("r3d18_narrow", losses)                     # must say itself where
             batch = fake_batch(4 if "distinct" in losses else 2)
         types = set()
         model.backbone.layer4.register_forward_hook(lambda module, x, y: types.add(y.dtype))

@@ -157,7 +157,8 @@ def counted(monkeypatch):
     return names
 
 
-def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted):
+def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     split = load_split("folder", videos)
     expected = {path: splits.examine(videos / path) for path in LENGTHS}
     assert {path: entry[:4] for path, entry in expected.items()} == {p: (n, 24, 32, "") for p, n in LENGTHS.items()}
