@@ -141,3 +141,17 @@ def test_readme_is_one_page_of_short_lines_paragraphs_and_cells():
     paragraphs = [part.strip().splitlines() for part in re.split(r"\n\s*\n", PROSE["README.md"])]
     sentences = [part for part in paragraphs if part and not part[0].startswith(("#", "|", "- ", "!"))]
     assert [part for part in sentences if len([line for line in part if not line.startswith("|")]) > 5] == []
+
+
+@pytest.mark.parametrize("choice", (
+    "the swapped pair (q, p)", "all clips of a process go through F together", "counts videos, over all processes",
+    "AdamW decays all parameters", "cosine similarity, as Table 3 says", "one run cannot give both 62.1 and 63.6"))
+def test_a_choice_that_was_asked_about_is_listed_as_ours(choice):
+    assert choice in (ROOT / "docs/choices.md").read_text()
+
+
+def test_figure_5_gives_each_process_24_videos_whatever_the_batch():
+    text = (ROOT / "docs/results.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .*?(?:--nproc_per_node=(\d+)|(python pretrain)|(\$P)).*`", text, re.MULTILINE)
+    processes = {int(batch): int(number or (1 if one else 8)) for batch, number, one, _ in rows}
+    assert processes == {192: 8, 96: 4, 48: 2, 24: 1}
