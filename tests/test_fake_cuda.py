@@ -83,6 +83,7 @@ def rehearse_a_step(monkeypatch, losses, parts, amp):
         with cuda:                                                              # not around the step: what that makes
             model = TimeEquivariant("r3d18_narrow", losses)                     # must say itself where
             batch = fake_batch(4 if "distinct" in losses else 2)
+        copies.seen = 0                                                         # of the step alone
         types = set()
         model.backbone.layer4.register_forward_hook(lambda module, x, y: types.add(y.dtype))
         batch = pretrain.to_device(batch, cuda)
@@ -112,6 +113,7 @@ def test_judging_on_a_gpu_mixes_no_devices(monkeypatch, crops, views):
         with torch.device("cuda"):
             windows = torch.empty(3, T, 37, 48, 3, dtype=torch.uint8).movedim(4, 2)
             network = new_backbone("r3d18_narrow").eval()
+        copies.seen = 0
         x = data.normalise(judging.views_of(windows, SIZE, crops))
         with torch.autocast("cuda", torch.bfloat16):
             out = network(x)
