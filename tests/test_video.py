@@ -237,6 +237,11 @@ def test_needed_frames_of_original_ucf101_files_are_those_of_a_decode_in_order(s
         assert asked == given and (asked > 0 or path.parent.name == "BabyCrawling")     # many are packed
 
 
+def test_what_the_scan_remembers_is_short(written, moving):
+    for kind, path in (written | moving).items():
+        assert len(examine(path)[4]) < 3 * 60, kind                             # bytes; there are 60 frames
+
+
 @pytest.fixture
 def sent(monkeypatch):
     """(time stamp, whether it may be passed over) of all packets that read_needed sends; None: it is emptied."""
@@ -344,6 +349,15 @@ def test_unreadable_files_are_reported_by_name(tmp_path, written):
         error = within(10, decode, tmp_path / name, [0])
         assert isinstance(error, VideoError) and str(error).startswith(f"{tmp_path / name}: "), name
         assert within(10, counted, tmp_path / name)[0] == 0
+
+
+def test_what_pyav_raises_of_a_damaged_file_is_reported_by_its_name(written, monkeypatch):
+    def demux(*args):
+        raise IndexError("list index out of range")                             # where a stream begins in mid-file
+    monkeypatch.setattr(video, "video_stream", demux)
+    with pytest.raises(VideoError, match="mpeg4.avi: list index out of range"):
+        decode(written["mpeg4.avi"], [3])
+    assert counted(written["mpeg4.avi"]) == (0, 0, 0, "list index out of range")
 
 
 def test_a_frame_past_the_end_is_refused_with_the_number_that_decode(written):
