@@ -20,9 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from common.checkpoints import resume, save, warmup_cosine
@@ -30,8 +28,8 @@ from common.files import check_writable, write_json_lines
 from common.flags import judging_parser, known_flags, optimisation_flags, parse_and_check
 from common.judging import (average_crops, count_videos, counts_sentence, load_for_judging, most_frequent, per_class,
                             predictions, result_folder, scan_parts, write_accuracy)
-from common.precision import autocast, mend_bf16_on_cpus, step_scaled
-from common.processes import init_distributed, on_first, run, share_buffers
+from common.precision import autocast, on_device, step_scaled
+from common.processes import data_parallel, init_distributed, on_first, run, share_buffers
 from common.progress import Progress
 from common.splits import check_parts, scan_folder, unreadable, usable
 from data import Clips, Windows, colour, step_loader
@@ -92,10 +90,7 @@ def train(network, clips, args, rank, world, device):
     if step == steps:
         return
 
-    model = network
-    if dist.is_initialized():
-        model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
-                                        broadcast_buffers=False)                # statistics: see share_buffers
+    model = data_parallel(network, device)
     model.train()
     loaded = step_loader(clips, args.batch_size, step, steps, args.workers, rank, world)
     progress = Progress(out, clips.files, step, steps, steps_an_epoch, args.batch_size, args, device)
@@ -143,9 +138,7 @@ def run_split(args, number, training, testing, rank, world, device):
     out = result_folder(args, args.checkpoint, args.arch) / f"finetune-{args.dataset}-{args.step}x-{number}"
     this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out),
                                                   classes=classes))             # what --predict needs to know
-    network = classifier(backbone, len(classes)).to(device, memory_format=torch.channels_last_3d)
-    if device.type == "cpu":
-        mend_bf16_on_cpus(network)
+    network = on_device(classifier(backbone, len(classes)), device)
     train(network, training_clips(this, *training, rank), this, rank, world, device)
     result, rows = test(network, *testing, this, device)
     result |= dict(split=number, train=count_videos(training[0], unreadable(*training)))

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from common.checkpoints import resume, save, save_checkpoint, warmup_cosine
 from common.files import check_writable
 from common.flags import optimisation_flags, parse_and_check, pretraining_parser
-from common.precision import autocast, mend_bf16_on_cpus, step_scaled
-from common.processes import all_gather, init_distributed, on_first, run
+from common.precision import autocast, on_device, step_scaled
+from common.processes import all_gather, data_parallel, init_distributed, on_first, run
 from common.progress import Progress
 from common.splits import list_and_scan, usable
 from data import Pairs, augmented, step_loader
@@ -218,18 +217,13 @@ def new_model(args, device):
     """F and the heads of the chosen losses, on the device -> TimeEquivariant."""
     if args.sync_bn and device.type == "cpu":
         raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
-    model = TimeEquivariant(args.arch, args.losses, len(args.speeds)).to(device, memory_format=torch.channels_last_3d)
-    if device.type == "cpu":
-        mend_bf16_on_cpus(model)
+    model = on_device(TimeEquivariant(args.arch, args.losses, len(args.speeds)), device)
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
 
 
 def wrapped(model, args, device):
     """The model under DDP, where torchrun started it, and torch.compile."""
-    network = model
-    if dist.is_initialized():
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)              # statistics: see share_buffers
+    network = data_parallel(model, device)
     return torch.compile(network) if args.compile else network
 
 

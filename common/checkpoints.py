@@ -7,6 +7,7 @@ import sys
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from common.files import replace_text
 from common.processes import gather_objects, on_first
 
 
@@ -107,12 +108,9 @@ def check_same_run(state, args, world):
 
 def keep_log_until(file, step):
     """Drop the log's lines after `step`: the steps that an interrupted run did not save are done again."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):              # a line that a full disk cut
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    beside = file.with_suffix(".tmp")
-    beside.write_text("".join(f"{line}\n" for line in kept))
-    beside.replace(file)
+    replace_text(file, "".join(f"{line}\n" for line in kept))

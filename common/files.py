@@ -5,20 +5,22 @@ import tempfile
 from pathlib import Path
 
 
-def write_json(file, value, indent=None):
-    """Write beside, then rename: a reader never sees half a file. ValueError: a number that JSON has no word for."""
+def replace_text(file, text):
+    """Write beside, then rename: a reader never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=indent, allow_nan=False))
+    beside.write_text(text)
     beside.replace(file)
+
+
+def write_json(file, value, indent=None):
+    """A JSON file, whole or as it was before. ValueError: a number that JSON has no word for."""
+    replace_text(file, json.dumps(value, indent=indent, allow_nan=False))
 
 
 def write_json_lines(file, rows):
-    """Write beside, then rename: a JSON object a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
-    beside.replace(file)
+    """A file with a JSON object a line, whole or as it was before. ValueError: as `write_json`."""
+    replace_text(file, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
 
 
 def log_json(path, **values):

@@ -22,9 +22,12 @@ def converter(frame, size, box):
     planar = frame.format.name if frame.format.name in PLANAR else "yuv420p"
     crop = av.VideoFrame(columns, rows, planar)                                 # filled anew with each frame
     crop.colorspace, crop.color_range = frame.colorspace, frame.color_range
+    holes = [as_array(plane) for plane in crop.planes]
 
     def to_rgb(frame):
-        copy_upright(unify.reformat(frame, format=planar, threads=1), crop, top, left)
+        if frame.format.name != planar:
+            frame = unify.reformat(frame, format=planar, threads=1)
+        copy_upright(frame, holes, top, left)
         return as_rgb(scale.reformat(crop, width, height, "yuv420p", **BILINEAR), convert)
     return to_rgb
 
@@ -48,14 +51,18 @@ def as_rgb(frame, reformatter):
     return lines.reshape(plane.height, plane.width, 3)
 
 
-def copy_upright(frame, target, top=0, left=0):
-    """Fill a frame with the pixels from (top, left) on of another one, upright; both have the same planar format.
+def copy_upright(frame, holes, top=0, left=0):
+    """Fill holes, the planes of a frame as arrays, with the pixels from (top, left) on of another one, upright.
 
-    Where top or left is odd, chroma, which has half as many pixels, is off by half of one of its own.
+    Both have the same planar format. Where top or left is odd, chroma, which has half as many pixels, is off by half of
+    one of its own.
     """
-    for plane, hole, step in zip(frame.planes, map(as_array, target.planes), (1, 2, 2)):
+    turns = quarter_turns(frame)
+    for plane, hole, step in zip(frame.planes, holes, (1, 2, 2)):
         rows, columns = hole.shape
-        shown = np.rot90(as_array(plane), quarter_turns(frame))
+        shown = as_array(plane)
+        if turns:
+            shown = np.rot90(shown, turns)
         hole[:] = shown[top // step:, left // step:][:rows, :columns]
 
 
@@ -78,5 +85,5 @@ def upright(frame):
     planar = frame.reformat(format="yuv420p", threads=1)
     copy.pts, copy.time_base = frame.pts, frame.time_base
     copy.colorspace, copy.color_range = planar.colorspace, planar.color_range
-    copy_upright(planar, copy)
+    copy_upright(planar, [as_array(plane) for plane in copy.planes])
     return copy

@@ -35,6 +35,12 @@ def step_scaled(scaler, optimizer, loss):
     return dict(overflow=scale < before, loss_scale=scale) if scaler.is_enabled() else {}
 
 
+def on_device(network, device):
+    """The network to be trained, on its device, channels last in memory, its bf16 mended where it is on a CPU."""
+    network.to(device, memory_format=torch.channels_last_3d)
+    return mend_bf16_on_cpus(network) if device.type == "cpu" else network
+
+
 def mend_bf16_on_cpus(network):
     """Let 3D convolutions over very small clips run in float32 -> the network.
 

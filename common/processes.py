@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from common.video import VideoError
 
@@ -93,6 +94,15 @@ def mean_over_processes(values):
         flat /= dist.get_world_size()
     pieces = flat.split([value.numel() for value in values.values()])
     return {name: piece.view(value.shape).tolist() for (name, value), piece in zip(values.items(), pieces)}
+
+
+def data_parallel(model, device):
+    """The model under DDP where torchrun started it, else itself. BatchNorm's statistics are shared where they are
+    needed (share_buffers), not at every step."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                   broadcast_buffers=False)
 
 
 def share_buffers(network):
