@@ -112,7 +112,8 @@ def test_two_rows_run_to_a_table_with_every_figure(whole):
     assert [*rows] == ["row", "---", "random", "k", "chance"] and rows["chance"][4] == "50.0"
     assert rows["k"][1:3] == ["1", "6"] and rows["random"][1:3] == ["1", "0"]
     for row in ("random", "k"):
-        assert all(re.fullmatch(r"\d+\.\d", cell) for cell in rows[row][4:])    # fine-tuned, too
+        assert all(re.fullmatch(r"\d+\.\d", cell) for cell in rows[row][4:-1])  # fine-tuned, too
+        assert rows[row][-1] == "{hardware}, {commit}".format(**experiment.made()).strip(", ")
     assert re.search(r"^\| k \| \d+\.\d \(\d+\.\d\)", table, re.M)              # speed, and by chance
 
 

@@ -12,13 +12,17 @@ same command goes on where it was stopped (SIGTERM saves at once). All rows of a
 are decoded once, into memory, for all runs.
 """
 import argparse
+import contextlib
 import fcntl
 import functools
 import itertools
 import multiprocessing
 import os
+import platform
+import re
 import shlex
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
@@ -36,6 +40,7 @@ import pretrain
 import retrieval
 from common.files import write_json
 from common.flags import Formatter
+from common.pictures import pixels
 from common.precision import cpu_has_bf16
 from common.processes import run
 from common.splits import load_split, scan
@@ -55,9 +60,9 @@ GPU = dict(
     judge="--windows 10",
     finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
 SMALL = dict(
-    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=96, jobs=2,
+    dataset="ucf101", data="../shared/videos/ucf8_128/UCF-101", side=64, jobs=2,
     order=[("k e g random", [0, 1]), ("i j f h", [0, 1]), ("b c distinct l m n", [0])],
-    network=f"--arch r3d18_narrow --frames 8 --size 48 --amp {FASTER}",
+    network=f"--arch r3d18_narrow --frames 8 --size 32 --amp {FASTER}",
     pretrain="--batch-size 24 --epochs 400 --warmup-epochs 10 --lr 1e-3 --log-every 50 --keep-every 1000",
     judge="--windows 10",
     finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
@@ -100,11 +105,10 @@ def recall(memory, path, frames, size, boxes=None, packets=""):
         sides = [round(side * size / min(height, width)) for side in (height, width)]
         return resized(video[list(frames)], sides)
     clips = []
-    for (top, left, high, wide), clip in itertools.groupby(zip(boxes, frames), lambda pair: pair[0]):
-        high, wide = max(1, round(high * height)), max(1, round(wide * width))
-        top, left = min(round(top * height), height - high), min(round(left * width), width - wide)
+    for box, clip in itertools.groupby(zip(boxes, frames), lambda pair: pair[0]):
+        top, left, rows, columns = pixels(box, height, width)
         numbers = [n for _, n in clip]
-        clips.append(resized(video[:, top:top + high, left:left + wide][numbers], [size, size]))
+        clips.append(resized(video[:, top:top + rows, left:left + columns][numbers], [size, size]))
     return torch.cat(clips)
 
 
@@ -116,12 +120,16 @@ def resized(frames, sides):
 # ---- Runs
 
 
+def data_flags(name, settings, out, workers):
+    """The flags that all scripts of a run share."""
+    return ["--dataset", settings["dataset"], "--data", settings["data"], "--seed", name.rsplit("-", 1)[1],
+            "--workers", str(workers), "--index", str(out / "index.json")]
+
+
 def commands(name, settings, out, workers):
     """The scripts that a run still needs, in order -> [(module, its arguments, the file that shows it is done)]."""
-    row, seed = name.rsplit("-", 1)
-    dataset, folder = settings["dataset"], out / name
-    flags = ["--dataset", dataset, "--data", settings["data"], "--seed", seed, "--workers", str(workers)]
-    flags += ["--index", str(out / "index.json"), *shlex.split(settings["network"])]
+    row, dataset, folder = name.rsplit("-", 1)[0], settings["dataset"], out / name
+    flags = data_flags(name, settings, out, workers) + shlex.split(settings["network"])
     judge = flags + shlex.split(settings["judge"])
     checkpoint = ["--checkpoint", "random" if ROWS[row] is None else str(folder / "backbone.pt")]
     found = []
@@ -141,13 +149,13 @@ def commands(name, settings, out, workers):
 
 def on_the_way(name, settings, out, workers):
     """linear_probe.py for the backbones that a run kept on the way, if it is one of those that are followed."""
-    row, seed = name.rsplit("-", 1)
+    if name.rsplit("-", 1)[0] not in FOLLOWED:
+        return []
+    judge = data_flags(name, settings, out, workers) + shlex.split(settings["judge"])
     found = []
-    for backbone in sorted((out / name).glob("backbone-*.pt")) if row in FOLLOWED else []:
+    for backbone in sorted((out / name).glob("backbone-*.pt")):
         folder = backbone.with_suffix("")
-        flags = ["--dataset", settings["dataset"], "--data", settings["data"], "--seed", seed]
-        flags += ["--workers", str(workers), "--index", str(out / "index.json"), *shlex.split(settings["judge"])]
-        flags += ["--checkpoint", str(backbone), "--out", str(folder)]
+        flags = judge + ["--checkpoint", str(backbone), "--out", str(folder)]
         found.append((linear_probe, flags, folder / f"linear_probe-{settings['dataset']}.json"))
     return [command for command in found if not command[2].exists()]
 
@@ -160,6 +168,7 @@ def work(name, settings, out, workers, memory):
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout.reconfigure(line_buffering=True)
+    write_json(out / name / "made.json", made())
     data.decode = functools.partial(recall, memory)
     for plan in (commands, on_the_way):
         for module, argv, done in plan(name, settings, out, workers):
@@ -168,6 +177,20 @@ def work(name, settings, out, workers, memory):
             run(module.main)
             if module is pretrain:
                 done.touch()
+
+
+def made():
+    """Where and from what a run is made: the processor (the GPU, where there is one), the commit, "+" if changed."""
+    here, commit = Path(__file__).parent, ""
+    with contextlib.suppress(OSError):                                          # no git
+        asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+        commit = asked.stdout.strip()
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        hardware = f"a core of {found[1] if found else platform.machine()}"
+    return dict(commit=commit, hardware=hardware)
 
 
 def unfinished(names, settings, out, workers):

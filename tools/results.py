@@ -40,7 +40,7 @@ def figures(name, settings, out):
     """What is known of a run, from what the scripts wrote -> {name: number}; NAME_chance beside each NAME."""
     folder, dataset = out / name, settings["dataset"]
     who = "random" if ROWS[name.rsplit("-", 1)[0]] is None else "checkpoint"
-    found = {}
+    found = read_json(folder / "made.json") or {}
     files = {"linear": f"linear_probe-{dataset}.json", "auto": f"auto/linear_probe-{dataset}.json",
              "finetune": f"finetune-{dataset}-4x.json"}
     for key, file in files.items():
@@ -51,7 +51,7 @@ def figures(name, settings, out):
             found |= {k: result["recall"][who][k], f"{k}_chance": result["recall"]["chance"][k]}
     if who == "checkpoint" and "linear" in found:
         found |= pretext(folder, settings)
-    return found
+    return found if "linear" in found else {}
 
 
 def log_lines(folder):
@@ -102,12 +102,15 @@ def write_table(names, failed, settings, out):
         chances |= runs[0]
     lines = ["In per cent, mean ± half the range over seeds. All rows: "
              + ", ".join(f"{key} `{value}`" for key, value in settings.items() if isinstance(value, str)), "",
-             "| row | seeds | steps | minutes | " + " | ".join(JUDGED) + " |", "|---" * (len(JUDGED) + 4) + "|"]
+             "| row | seeds | steps | minutes | " + " | ".join(JUDGED) + " | on, at commit |",
+             "|---" * (len(JUDGED) + 5) + "|"]
     for row, runs in rows.items():
         steps = max(run.get("steps", 0) for run in runs)
         minutes = spread([run.get("minutes") for run in runs], "{:.0f}", 1)
-        lines.append(line_of(f"{row} | {len(runs)} | {steps} | {minutes}", runs, JUDGED.values()))
-    lines.append(line_of("chance | | |", [chances], [f"{key}_chance" for key in JUDGED.values()]))
+        places = sorted({f"{run.get('hardware', '')}, {run.get('commit', '')}".strip(", ") for run in runs})
+        line = line_of(f"{row} | {len(runs)} | {steps} | {minutes}", runs, JUDGED.values())
+        lines.append(f"{line} {'; '.join(places)} |")
+    lines.append(line_of("chance | | |", [chances], [f"{key}_chance" for key in JUDGED.values()]) + " |")
     lines += ["", f"Pre-training, means of the last {LAST} lines of the log (in brackets by chance):", "",
               "| row | " + " | ".join(PRETEXT) + " |", "|---" * (len(PRETEXT) + 1) + "|"]
     for row, runs in rows.items():
