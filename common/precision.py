@@ -46,16 +46,20 @@ def mend_bf16_on_cpus(network):
 
     On CPUs torch's bf16 gradient of their weights is wrong, up to 1e36, or ends the process (oneDNN, torch 2.14), where
     a kernel of 3 frames goes over 2, one of 7 over 2 to 7, or one with stride 2 over a single pixel: 16-frame clips
-    meet it in layer3, 8-frame clips in layer2, 4-frame clips in the stem. It costs nothing that can be measured.
+    meet it in layer3, 8-frame clips in layer2, 4-frame clips in the stem. It costs nothing that can be measured. Where
+    float32 is as wrong (7 frames with stride 2, s3dg's first, over 5 to 7) training is refused: ValueError.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
-            module.forward = partial(small_clips_in_float32, module.forward, module.kernel_size[0])
+            module.forward = partial(small_clips_in_float32, module.forward, module.kernel_size[0], module.stride[0])
     return network
 
 
-def small_clips_in_float32(forward, kernel, x):                                 # (N, C, T, H, W)
+def small_clips_in_float32(forward, kernel, stride, x):                         # (N, C, T, H, W)
     frames, height, width = x.shape[2:]
+    if kernel == 7 and stride == 2 and 5 <= frames <= 7 and torch.is_grad_enabled():
+        raise ValueError(f"torch's gradient of a convolution of 7 over {frames} frames is wrong on CPUs: give --frames 8 "
+                         "or more")
     if not 1 < frames <= kernel and min(height, width) > 1:
         return forward(x)
     with torch.autocast(x.device.type, enabled=False):

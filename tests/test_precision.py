@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from common.precision import autocast, mend_bf16_on_cpus
+from models import new_backbone
 
 WRONG = [                                                                       # kernel, stride, (T, H, W): alone, bf16
     ((3, 3, 3), (1, 1, 1), (2, 4, 4)),                                          # is off by its own size, or 1e36
@@ -31,6 +32,16 @@ def test_the_bf16_gradient_of_a_convolution_over_a_small_clip_is_that_of_float32
     exact = gradient(convolution, clip, "off")
     for _ in range(3):                                                          # what is wrong is memory that was freed
         torch.testing.assert_close(gradient(convolution, clip, "bf16"), exact, rtol=0.05, atol=0.02 * exact.abs().max())
+
+
+@pytest.mark.parametrize("frames", [5, 6, 7])
+def test_training_whose_float32_gradient_is_wrong_too_is_refused(frames):
+    network = mend_bf16_on_cpus(new_backbone("s3dg"))
+    clips = torch.randn(2, 3, frames, 32, 32)
+    with pytest.raises(ValueError, match="give --frames 8 or more"):
+        network(clips)
+    with torch.no_grad():
+        assert network(clips).shape == (2, 1024)
 
 
 def test_convolutions_over_larger_clips_stay_in_bf16():
