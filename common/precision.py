@@ -58,8 +58,8 @@ def mend_bf16_on_cpus(network):
 def small_clips_in_float32(forward, kernel, stride, x):                         # (N, C, T, H, W)
     frames, height, width = x.shape[2:]
     if kernel == 7 and stride == 2 and 5 <= frames <= 7 and torch.is_grad_enabled():
-        raise ValueError(f"torch's gradient of a convolution of 7 over {frames} frames is wrong on CPUs: give --frames 8 or "
-                         "more")
+        raise ValueError(f"torch's gradient of a convolution of 7 over {frames} frames is wrong on CPUs: give --frames "
+                         "8 or more")
     if not 1 < frames <= kernel and min(height, width) > 1:
         return forward(x)
     with torch.autocast(x.device.type, enabled=False):
