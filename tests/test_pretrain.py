@@ -9,6 +9,7 @@ from conftest import ROOT, SHARP, TORCHRUN, lines, write_lists, write_video
 
 import pretrain
 from common.checkpoints import warmup_cosine
+from common.video import decode
 from models import TimeEquivariant, load_backbone
 
 
@@ -52,6 +53,17 @@ def test_trivial_speed_direction_and_order_are_learned(ramps, tmp_path):
 def test_shuffled_videos_bring_speed_and_direction_to_chance(ramps, tmp_path):
     score = mean_of_last(pretrain_on(ramps / "shuffled", tmp_path, *AUX))
     assert score["speed_acc"] < 0.35 and score["direction_acc"] < 0.6
+
+
+def test_direction_is_learned_on_real_video_that_scrolls(shared, tmp_path):
+    files = sorted((shared / "videos/ucf8_128").glob("**/*.avi"))[::22]         # 48 of all eight classes
+    for file in files:
+        frames = decode(str(file), range(29), 64).permute(0, 2, 3, 1).numpy()   # as many as the shortest has
+        frames = frames[:, :, :frames.shape[2] // 2 * 2]
+        write_video(tmp_path / "scrolling" / file.name, [np.roll(frame, n, axis=0) for n, frame in enumerate(frames)])
+    score = mean_of_last(pretrain_on(tmp_path / "scrolling", tmp_path / "out", "--losses", "direction", "--size", "32",
+                                     "--epochs", "30", "--lr", "3e-3", "--warmup-epochs", "2"))
+    assert score["direction_acc"] > 0.8
 
 
 def test_the_log_has_each_term_each_accuracy_beside_chance_and_the_costs(ramps, tmp_path):
