@@ -168,7 +168,8 @@ def work(name, settings, out, workers, memory):
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout.reconfigure(line_buffering=True)
-    write_json(out / name / "made.json", made())
+    if not (out / name / "made.json").exists():
+        write_json(out / name / "made.json", made())
     data.decode = functools.partial(recall, memory)
     for plan in (commands, on_the_way):
         for module, argv, done in plan(name, settings, out, workers):
@@ -180,7 +181,7 @@ def work(name, settings, out, workers, memory):
 
 
 def made():
-    """Where and from what a run is made: the processor (the GPU, where there is one), the commit, "+" if changed."""
+    """Where and from what a run is begun: the processor (the GPU, where there is one), the commit, "+" if changed."""
     here, commit = Path(__file__).parent, ""
     with contextlib.suppress(OSError):                                          # no git
         asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
@@ -188,7 +189,8 @@ def made():
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpuinfo = Path("/proc/cpuinfo")                                         # of Linux
+        found = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
         hardware = f"a core of {found[1] if found else platform.machine()}"
     return dict(commit=commit, hardware=hardware)
 
