@@ -1,10 +1,13 @@
 """What a training loop tells, what stops it, and which videos it had to replace."""
 import os
+import platform
+import re
 import resource
 import signal
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -247,3 +250,10 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024                              # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def processor():
+    """The CPU's name: Linux's, else what Python says."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -39,7 +39,7 @@ from common.files import check_writable, write_json
 from common.judging import average_crops
 from common.precision import AMP, autocast, cpu_has_bf16, step_scaled
 from common.processes import init_distributed, run
-from common.progress import peak_memory
+from common.progress import peak_memory, processor
 from common.splits import Split, load_split, scan
 from common.toy import make_toy
 from data import Pairs, Windows, step_loader
@@ -90,14 +90,10 @@ def settings(quick, device):
 
 def machine(device):
     """What the figures were measured on."""
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load=os.getloadavg(), date=f"{datetime.now():%F %T}",
-                gpu=gpu, python=platform.python_version(), torch=torch.__version__, av=av.__version__,
-                numpy=np.__version__)
+    return dict(cpu=processor(), cores=len(os.sched_getaffinity(0)), load=os.getloadavg(),
+                date=f"{datetime.now():%F %T}", gpu=gpu, python=platform.python_version(), torch=torch.__version__,
+                av=av.__version__, numpy=np.__version__)
 
 
 # ---- Videos ----

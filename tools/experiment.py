@@ -18,8 +18,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -43,6 +41,7 @@ from common.flags import Formatter
 from common.pictures import pixels
 from common.precision import cpu_has_bf16
 from common.processes import run
+from common.progress import processor
 from common.splits import load_split, scan
 from common.toy import make_toy
 from common.video import decode
@@ -186,12 +185,7 @@ def made():
     with contextlib.suppress(OSError):                                          # no git
         asked = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
         commit = asked.stdout.strip()
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")                                         # of Linux
-        found = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        hardware = f"a core of {found[1] if found else platform.machine()}"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a core of {processor()}"
     return dict(commit=commit, hardware=hardware)
 
 
