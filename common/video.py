@@ -19,6 +19,8 @@ from common.pictures import PLANAR, as_array, as_rgb, converter, quarter_turns, 
 av.logging.set_level(None)                      # what goes wrong is raised as VideoError, not printed by FFmpeg
 
 PATIENCE = 60                                   # seconds without a frame after which a decode is given up
+# Metadata that is not UTF-8 is no error to PyAV 19; PyAV 18 has to be told so.
+METADATA = dict(metadata_errors="ignore") if av.__version__.startswith("18.") else {}
 
 
 class VideoError(Exception):
@@ -42,8 +44,9 @@ def video_errors(path):
 # ---- All frames, one after the other ----
 
 def open_container(path):
+    """PyAV's container of a local file, to be closed."""
     path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
-    return av.open(path, metadata_errors="ignore", timeout=PATIENCE, options={"protocol_whitelist": "file"})
+    return av.open(path, timeout=PATIENCE, options={"protocol_whitelist": "file"}, **METADATA)
 
 
 def video_stream(container, path):

@@ -20,7 +20,7 @@ from av.video.frame import PictureType
 
 from common import video
 from common.toy import toy_video
-from common.video import VideoError, decode, examine, read_needed
+from common.video import VideoError, decode, examine, open_container, read_needed
 from conftest import SHARED, numbered, write_video
 from data import draw_view
 
@@ -43,7 +43,7 @@ def upright(frame):
 
 def in_order(path, wanted):
     """The plain way: decode every frame in turn, convert and turn those wanted -> uint8 (n, H, W, 3), frames."""
-    with av.open(os.fspath(path), metadata_errors="ignore") as container:
+    with open_container(path) as container:
         kept = {}
         for n, frame in enumerate(container.decode(video=0)):
             kept[n] = upright(frame) if n in wanted else None

@@ -11,13 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as TF
 
 from common.pictures import converter
-from common.video import decode
+from common.video import decode, open_container
 from data import draw_view, sample_pair
 
 T, SIZE = 16, 128                                                               # of a clip (Sec. 3.4)
@@ -92,7 +91,7 @@ def naive(video, frames, boxes=None):
 
 def sequential(path):
     """av.VideoFrame after av.VideoFrame, in one thread: all that PyAV makes of the first video stream."""
-    with av.open(path, metadata_errors="ignore") as container:
+    with open_container(path) as container:
         container.streams.video[0].thread_type = "NONE"
         yield from container.decode(video=0)
 
@@ -237,7 +236,7 @@ class Floor:
 
     def __init__(self, video, pictures=False):
         self.pictures = pictures
-        self.container = av.open(video.path, metadata_errors="ignore")
+        self.container = open_container(video.path)
         stream = self.container.streams.video[0]
         self.codec = stream.codec_context
         self.codec.thread_type, self.codec.copy_opaque = "NONE", True

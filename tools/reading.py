@@ -12,9 +12,9 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
-import av
 import torch
 
+from common.video import open_container
 from tools.readers import Floor, Video, draw_request, exactness, installed, ours, versions
 
 ORIGINALS, LONG, SHRUNK = "originals", "H.264 of Kinetics' size", "shrunk copies"
@@ -24,7 +24,7 @@ TURN = 5                                                                        
 
 def described(path, known, kind=None):
     """-> Video, and its codec; kind: else what the codec and the length say."""
-    with av.open(path, metadata_errors="ignore") as container:
+    with open_container(path) as container:
         codec = container.streams.video[0].codec_context
     length, height, width, _, packets = known
     if kind is None and codec.name == "h264" and length >= 250:
