@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,8 +118,9 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
     if todo:
         write_index(index, known)                                               # rather than fail after hours
     saved = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:                                   # decoding releases Python's lock
-        results = pool.map(examine, [str(split.found[path]) for path in todo])
+    files = [str(split.found[path]) for path in todo]
+    # Decoding releases Python's lock; a scan that is interrupted closes the results, which cancels the rest
+    with ThreadPoolExecutor(workers) as pool, closing(pool.map(examine, files)) as results:
         bar = tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not progress or not todo)
         for path, result in zip(todo, bar):
             known[path] = [stamps[path], *result]
