@@ -29,7 +29,7 @@ from common.flags import judging_parser, known_flags, optimisation_flags, parse_
 from common.judging import (average_crops, count_videos, counts_sentence, load_for_judging, most_frequent, per_class,
                             predictions, result_folder, scan_parts, write_accuracy)
 from common.precision import autocast, on_device, step_scaled
-from common.processes import data_parallel, init_distributed, on_first, run, share_buffers
+from common.processes import data_parallel, init_distributed, locked, on_first, run, share_buffers
 from common.progress import Progress
 from common.splits import check_parts, scan_folder, unreadable, usable
 from data import Clips, Windows, colour, step_loader
@@ -81,8 +81,6 @@ def train(network, clips, args, rank, world, device):
     optimizer = AdamW(network.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    if rank == 0:
-        check_writable(out=out / "checkpoint.pt")
     state = dict(model=network, optimizer=optimizer, schedule=schedule, scaler=scaler)
     step = resume(out, args, world, **state)
     if args.test and step < steps:
@@ -139,7 +137,8 @@ def run_split(args, number, training, testing, rank, world, device):
     this = argparse.Namespace(**vars(args) | dict(split=number, checkpoint=backbone.sha256, out=str(out),
                                                   classes=classes))             # what --predict needs to know
     network = on_device(classifier(backbone, len(classes)), device)
-    train(network, training_clips(this, *training, rank), this, rank, world, device)
+    with locked(out):
+        train(network, training_clips(this, *training, rank), this, rank, world, device)
     result, rows = test(network, *testing, this, device)
     result |= dict(split=number, train=count_videos(training[0], unreadable(*training)))
     return backbone, result, rows

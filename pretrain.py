@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 
 from common.checkpoints import resume, save, save_checkpoint, warmup_cosine
-from common.files import check_writable
 from common.flags import optimisation_flags, parse_and_check, pretraining_parser
 from common.precision import autocast, on_device, step_scaled
-from common.processes import all_gather, data_parallel, init_distributed, on_first, run
+from common.processes import all_gather, data_parallel, init_distributed, locked, on_first, run
 from common.progress import Progress
 from common.splits import list_and_scan, usable
 from data import Pairs, augmented, step_loader
@@ -300,16 +299,12 @@ def main(argv=None):
     check_batch_size(args, world)
     if args.init and not backbone.exists():                                     # of a new run: rather than fail after
         read_weights(args.init)                                                 # the scan of the videos
-    if rank == 0:
-        check_writable(out=backbone)
     torch.manual_seed(args.seed)
 
-    # Data
-    videos = on_first(prepare, args)                                            # Split, paths, index
-    pairs = training_pairs(args, *videos)
-
-    # Train
-    train(args, videos, pairs, rank, world, device)
+    with locked(backbone.parent):
+        videos = on_first(prepare, args)                                        # Split, paths, index
+        pairs = training_pairs(args, *videos)
+        train(args, videos, pairs, rank, world, device)
     print(f"next: {next_command(args, backbone)}")
 
 

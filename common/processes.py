@@ -1,15 +1,20 @@
 """torchrun's processes: joining them, gathering from them, and how a script ends."""
+import fcntl
+import functools
 import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+from common.files import check_writable
 from common.video import VideoError
 
 
@@ -101,8 +106,9 @@ def data_parallel(model, device):
     needed (share_buffers), not at every step."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                   broadcast_buffers=False)
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    network.broadcast_buffers = False           # an attribute of every torch; as an argument, torch 2.13 renamed it
+    return network
 
 
 def share_buffers(network):
@@ -110,6 +116,15 @@ def share_buffers(network):
     if dist.is_initialized():
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
+
+
+@functools.cache
+def patient_group():
+    """A gloo group that waits for a day, since the first scan of Kinetics takes hours.
+
+    One for all uses: a group that is destroyed right after its last use may hang in torch 2.6.
+    """
+    return dist.new_group(timeout=timedelta(days=1), backend="gloo")
 
 
 def on_first(function, *args, **kwargs):
@@ -121,14 +136,42 @@ def on_first(function, *args, **kwargs):
         except Exception as problem:
             error = problem
     if dist.is_initialized():
-        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")     # the first scan of Kinetics takes hours
         box = [(result, error)]
-        dist.broadcast_object_list(box, group=patient)
-        dist.destroy_process_group(patient)                                     # its threads and open files
+        dist.broadcast_object_list(box, group=patient_group())
         result, error = box[0]
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def locked(out):
+    """Keep other runs out of the folder `out`: process 0 locks OUT/lock, until it ends, however.
+
+    ValueError, on all processes: another run holds the lock, or OUT cannot be written.
+    """
+    file = on_first(lock, out)
+    try:
+        yield
+    finally:
+        if rank_and_world()[0] == 0:
+            os.close(file)
+
+
+def lock(out):
+    """Lock OUT/lock -> its file descriptor.
+
+    By lockf: a lock of flock's would pass to the loader processes, which may outlive a killed run.
+    """
+    check_writable(out=out / "lock")
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is writing to {out}: give another --out") from None
+    except OSError as error:                    # some network file systems have no locks
+        print(f"cannot lock {out} ({error.strerror}): start no second run there", file=sys.stderr)
+    return file
 
 
 def run(main):
@@ -147,11 +190,14 @@ def run(main):
     except (ValueError, OSError, VideoError) as error:
         sys.exit(f"{script}: error: {error}")
     finally:
+        for bar in list(tqdm._instances):
+            bar.close()                         # else it is drawn again below the sentence
         end_loader_processes()
 
 
 def end_loader_processes():
-    """They ignore SIGTERM, by which Python would end them at exit."""
+    """They ignore SIGTERM, by which Python would end them at exit; scikit-learn's end by themselves."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
-        child.kill()
+        if isinstance(child, multiprocessing.Process):
+            child.kill()

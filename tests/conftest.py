@@ -10,7 +10,9 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -371,6 +373,22 @@ def spied(monkeypatch):
 
 
 # ---- Processes ----
+
+def run_python(*argv, cwd):
+    """A Python of its own that finds the project's modules -> what it prints, and no error."""
+    done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_until(condition, process):
+    """Wait until condition(), as long as a subprocess.Popen runs."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
 
 def free_port():
     """A port of this machine that nobody listens to."""

@@ -11,7 +11,7 @@ from sklearn.svm import LinearSVC
 import linear_probe
 from common.judging import Features
 from common.splits import Split, load_split, sources
-from conftest import TINY_CLASSES, by_hand, probe
+from conftest import ROOT, TINY_CLASSES, by_hand, judge_words, probe, run_python
 
 
 def test_the_svm_equals_scikit_learns_on_the_same_features(probed, found):
@@ -63,6 +63,11 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(found, m
                                train.x["net"], np.array(train.split.labels), cv=list(folds)).mean()
             for C in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
     assert result["C"] == pytest.approx(max(mean, key=mean.get))
+
+
+def test_C_is_chosen_by_several_processes_and_the_command_ends_without_an_error(tiny, checkpoint, tmp_path):
+    argv = judge_words(tiny, checkpoint, tmp_path, "--C", "auto", "--workers", 2)
+    assert "linear SVM on ucf101" in run_python(ROOT / "linear_probe.py", *argv, cwd=tmp_path)
 
 
 def test_sources_tell_the_clips_of_one_video_apart_from_others():

@@ -223,7 +223,7 @@ def test_two_machines_of_two_processes_train_together(world, tmp_path):
     assert line["phi_chance"] == pytest.approx(1 / 15, rel=1e-3)                # keys of all 2 * 8 clips
 
 
-def test_the_command_of_the_project_runs_as_it_stands_on_eight_processes(tmp_path):
+def test_the_command_of_the_project_runs_as_it_stands_on_eight_processes_without_a_warning(tmp_path):
     """torchrun --nproc_per_node=8 pretrain.py --arch r3d18, on a toy set of two batches, for an epoch."""
     batch = paper_defaults("toy", "r3d18")["batch_size"]
     paths = [f"{TOY_CLASSES[n % len(TOY_CLASSES)]}/v_g{n:03d}_c01.avi" for n in range(2 * batch)]
@@ -234,6 +234,7 @@ def test_the_command_of_the_project_runs_as_it_stands_on_eight_processes(tmp_pat
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "on 8 cpu process(es)" in done.stderr and stored(tmp_path / "runs" / "toy-r3d18")["step"] == 2
+    assert re.findall(r"\w+Warning.*", done.stderr) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])

@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,10 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STEPS, after_step, fails, lines, start, stored, train, words
+from conftest import ROOT, STEPS, after_step, fails, judging, lines, start, stored, train, wait_until, words
 
+import finetune
 import pretrain
-from common import splits, toy
+from common import processes, splits, toy
 from common.checkpoints import keep_log_until, load_checkpoint, save_checkpoint
 from common.progress import Progress
 
@@ -87,6 +90,22 @@ def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toy.make_toy(tmp_path / "toy")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_a_second_run_into_an_out_is_refused_until_the_first_is_gone(world, whole, tmp_path, script):
+    more = "--epochs", 10000, "--batch-size", 8, "--workers", 1                 # a worker outlives a killed run
+    argv, out = words(world, tmp_path, *more), tmp_path
+    if script is finetune:
+        argv = judging("finetune", world, whole, tmp_path, *more)
+        out = tmp_path / "finetune-ucf101-4x-1"
+    first = subprocess.Popen([sys.executable, script.__file__, *argv], stderr=subprocess.PIPE, text=True)
+    wait_until((out / "log.jsonl").exists, first)
+    assert fails(script.main, argv) == f"SCRIPT: error: another run is writing to {out}: give another --out"
+    first.kill()
+    first.wait()
+    with processes.locked(out):
+        pass
 
 
 # ---- Checkpoints ----
