@@ -1,11 +1,12 @@
 """Going on where a run was stopped: the schedule, checkpoints and what makes two runs the same."""
 import contextlib
 import json
+import math
 import os
 import sys
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from common.files import replace_text
 from common.processes import gather_objects, on_first
@@ -13,10 +14,12 @@ from common.processes import gather_objects, on_first
 
 def warmup_cosine(optimizer, warmup, steps):
     """Sec. 3.4: linear warm-up, then cosine annealing to 0 (# paper silent: both by the step, the final value)."""
-    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
-    if warmup == 0:
-        return cosine
-    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup), cosine], [warmup])
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 def save_checkpoint(path, **state):

@@ -122,7 +122,7 @@ def share_buffers(network):
 def patient_group():
     """A gloo group that waits for a day, since the first scan of Kinetics takes hours.
 
-    One for all uses: a group that is destroyed right after its last use may hang in torch 2.6.
+    Created once and kept: destroying a group right after its last use can hang in torch 2.6.
     """
     return dist.new_group(timeout=timedelta(days=1), backend="gloo")
 
@@ -146,9 +146,10 @@ def on_first(function, *args, **kwargs):
 
 @contextmanager
 def locked(out):
-    """Keep other runs out of the folder `out`: process 0 locks OUT/lock, until it ends, however.
+    """Inside, this run alone writes to the folder `out`: process 0 locks OUT/lock.
 
-    ValueError, on all processes: another run holds the lock, or OUT cannot be written.
+    The system drops the lock when the process ends, even if it is killed. ValueError, on all
+    processes: another run holds the lock, or OUT cannot be written.
     """
     file = on_first(lock, out)
     try:
@@ -159,9 +160,9 @@ def locked(out):
 
 
 def lock(out):
-    """Lock OUT/lock -> its file descriptor.
+    """Lock OUT/lock -> its file descriptor, to be kept open.
 
-    By lockf: a lock of flock's would pass to the loader processes, which may outlive a killed run.
+    lockf, not flock: loader processes inherit a lock of flock's, and they outlive a killed run by seconds.
     """
     check_writable(out=out / "lock")
     file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666)
