@@ -94,16 +94,20 @@ def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [pretrain, finetune])
 def test_a_second_run_into_an_out_is_refused_until_the_first_is_gone(world, whole, tmp_path, script):
-    more = "--epochs", 10000, "--batch-size", 8, "--workers", 1                 # a worker outlives a killed run
+    more = "--epochs", 1, "--batch-size", 8, "--workers", 1                     # a worker outlives a killed run
     argv, out = words(world, tmp_path, *more), tmp_path
     if script is finetune:
         argv = judging("finetune", world, whole, tmp_path, *more)
         out = tmp_path / "finetune-ucf101-4x-1"
-    first = subprocess.Popen([sys.executable, script.__file__, *argv], stderr=subprocess.PIPE, text=True)
-    wait_until((out / "log.jsonl").exists, first)
-    assert fails(script.main, argv) == f"SCRIPT: error: another run is writing to {out}: give another --out"
-    first.kill()
-    first.wait()
+    command = [sys.executable, script.__file__, *argv, "--epochs", "10000"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until((out / "log.jsonl").exists, first)
+        said = fails(script.main, argv)
+    finally:
+        first.kill()
+        first.wait()
+    assert said == f"SCRIPT: error: another run is writing to {out}: give another --out"
     with processes.locked(out):
         pass
 
