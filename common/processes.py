@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.files import check_writable
 from common.video import VideoError
 
 
@@ -128,7 +127,7 @@ def patient_group():
 
 
 def on_first(function, *args, **kwargs):
-    """Run on the first process alone and give every process the result, or the error."""
+    """Run on process 0 alone and give every process the result. An error ends all of them, and process 0 raises it."""
     result, error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -140,6 +139,8 @@ def on_first(function, *args, **kwargs):
         dist.broadcast_object_list(box, group=patient_group())
         result, error = box[0]
     if error is not None:
+        if rank_and_world()[0] > 0:
+            sys.exit(1)                                                         # process 0 says why
         raise error
     return result
 
@@ -148,8 +149,8 @@ def on_first(function, *args, **kwargs):
 def locked(out):
     """Inside, this run alone writes to the folder `out`: process 0 locks OUT/lock.
 
-    The system drops the lock when the process ends, even if it is killed. ValueError, on all
-    processes: another run holds the lock, or OUT cannot be written.
+    The system drops the lock when the process ends, even if it is killed. ValueError: another run
+    holds the lock, or OUT cannot be written.
     """
     file = on_first(lock, out)
     try:
@@ -164,8 +165,11 @@ def lock(out):
 
     lockf, not flock: loader processes inherit a lock of flock's, and they outlive a killed run by seconds.
     """
-    check_writable(out=out / "lock")
-    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"cannot write {out / 'lock'} (--out): {error.strerror}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -191,9 +195,10 @@ def run(main):
     except (ValueError, OSError, VideoError) as error:
         sys.exit(f"{script}: error: {error}")
     finally:
-        for bar in list(tqdm._instances):
-            bar.close()                         # else it is drawn again below the sentence
         end_loader_processes()
+        for bar in list(tqdm._instances):       # left open, they are drawn again below the sentence
+            with suppress(OSError):             # nobody reads stderr any more
+                bar.close()
 
 
 def end_loader_processes():

@@ -389,7 +389,6 @@ def wait_until(condition, process):
         time.sleep(0.05)
 
 
-
 def free_port():
     """A port of this machine that nobody listens to."""
     with socket.create_server(("127.0.0.1", 0)) as server:

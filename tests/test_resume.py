@@ -102,7 +102,7 @@ def test_a_second_run_into_an_out_is_refused_until_the_first_is_gone(world, whol
     command = [sys.executable, script.__file__, *argv, "--epochs", "10000"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until((out / "log.jsonl").exists, first)
+        wait_until(lambda: (out / "log.jsonl").exists() and lines(out), first)
         said = fails(script.main, argv)
     finally:
         first.kill()
