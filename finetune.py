@@ -79,10 +79,10 @@ def train(network, clips, args, rank, world, device):
     out, steps_an_epoch = Path(args.out), len(clips) // args.batch_size
     steps = args.epochs * steps_an_epoch
     optimizer = AdamW(network.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = dict(model=network, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    state = dict(model=network, optimizer=optimizer, scaler=scaler)
     step = resume(out, args, world, **state)
+    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps, step)
     if args.test and step < steps:
         raise ValueError(f"--test: {out} holds {f'step {step} of {steps}' if step else 'no checkpoint'}: train first")
     if step == steps:

@@ -245,10 +245,10 @@ def train(args, videos, pairs, rank, world, device):
     # Model and optimiser
     model = new_model(args, device)
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
     step = resume(out, args, world, **state)
+    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps, step)
     if args.init and step == 0:
         model.backbone.load_state_dict(load_backbone(args.init, args.arch).state_dict())
     network = wrapped(model, args, device)

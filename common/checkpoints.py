@@ -12,14 +12,17 @@ from common.files import replace_text
 from common.processes import gather_objects, on_first
 
 
-def warmup_cosine(optimizer, warmup, steps):
-    """Sec. 3.4: linear warm-up, then cosine annealing to 0 (# paper silent: both by the step, the final value)."""
+def warmup_cosine(optimizer, warmup, steps, step=0):
+    """Sec. 3.4: linear warm-up, then cosine annealing to 0 (# paper silent: both by the step, the final value).
+
+    step: how many of the steps the optimiser has taken.
+    """
     def factor(step):
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
 def save_checkpoint(path, **state):
