@@ -139,7 +139,7 @@ def run_split(args, number, training, testing, rank, world, device):
     network = on_device(classifier(backbone, len(classes)), device)
     with locked(out):
         train(network, training_clips(this, *training, rank), this, rank, world, device)
-    result, rows = test(network, *testing, this, device)
+        result, rows = test(network, *testing, this, device)
     result |= dict(split=number, train=count_videos(training[0], unreadable(*training)))
     return backbone, result, rows
 

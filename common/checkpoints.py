@@ -15,12 +15,12 @@ from common.processes import gather_objects, on_first
 def warmup_cosine(optimizer, warmup, steps, step=0):
     """Sec. 3.4: linear warm-up, then cosine annealing to 0 (# paper silent: both by the step, the final value).
 
-    step: how many of the steps the optimiser has taken.
+    step: how many steps the optimiser has taken; past 0 it holds the state that was saved then.
     """
-    def factor(step):
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    def factor(n):
+        if n < warmup:
+            return (n + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (n - warmup) / max(1, steps - warmup))) / 2
 
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
 

@@ -106,7 +106,7 @@ def data_parallel(model, device):
     if not dist.is_initialized():
         return model
     network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    network.broadcast_buffers = False           # an attribute of every torch; as an argument, torch 2.13 renamed it
+    network.broadcast_buffers = False           # as an argument, newer torch warns of it
     return network
 
 
@@ -119,7 +119,7 @@ def share_buffers(network):
 
 @functools.cache
 def patient_group():
-    """A gloo group that waits for a day, since the first scan of Kinetics takes hours.
+    """A gloo group with a timeout of a day: the first scan of Kinetics takes hours.
 
     Created once and kept: destroying a group right after its last use can hang in torch 2.6.
     """
@@ -127,43 +127,47 @@ def patient_group():
 
 
 def on_first(function, *args, **kwargs):
-    """Run on process 0 alone and give every process the result. An error ends all of them, and process 0 raises it."""
+    """Run on process 0 alone -> its result, on every process.
+
+    Where it raises, process 0 raises and the others exit with status 1.
+    """
     result, error = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             result = function(*args, **kwargs)
         except Exception as problem:
             error = problem
+    box = [(result, error is not None)]
     if dist.is_initialized():
-        box = [(result, error)]
         dist.broadcast_object_list(box, group=patient_group())
-        result, error = box[0]
     if error is not None:
-        if rank_and_world()[0] > 0:
-            sys.exit(1)                                                         # process 0 says why
         raise error
+    result, failed = box[0]
+    if failed:
+        sys.exit(1)                             # process 0 says why
     return result
 
 
 @contextmanager
 def locked(out):
-    """Inside, this run alone writes to the folder `out`: process 0 locks OUT/lock.
+    """Keep other runs out of the folder `out`: process 0 holds a lock on OUT/lock.
 
-    The system drops the lock when the process ends, even if it is killed. ValueError: another run
-    holds the lock, or OUT cannot be written.
+    The system drops it when the process ends, even if killed. ValueError: another run holds it, or
+    OUT cannot be written.
     """
+    rank, _ = rank_and_world()
     file = on_first(lock, out)
     try:
         yield
     finally:
-        if rank_and_world()[0] == 0:
+        if rank == 0:
             os.close(file)
 
 
 def lock(out):
-    """Lock OUT/lock -> its file descriptor, to be kept open.
+    """Lock OUT/lock -> its file descriptor; closing it drops the lock.
 
-    lockf, not flock: loader processes inherit a lock of flock's, and they outlive a killed run by seconds.
+    lockf, not flock: loader processes inherit flock's lock and outlive a killed run by seconds.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -173,9 +177,9 @@ def lock(out):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run is writing to {out}: give another --out") from None
+        raise ValueError(f"another run is writing to {out}: wait for it, or give another --out") from None
     except OSError as error:                    # some network file systems have no locks
-        print(f"cannot lock {out} ({error.strerror}): start no second run there", file=sys.stderr)
+        print(f"cannot lock {out} ({error.strerror}): do not start a second run there", file=sys.stderr)
     return file
 
 
@@ -196,13 +200,16 @@ def run(main):
         sys.exit(f"{script}: error: {error}")
     finally:
         end_loader_processes()
-        for bar in list(tqdm._instances):       # left open, they are drawn again below the sentence
-            with suppress(OSError):             # nobody reads stderr any more
+        for bar in list(tqdm._instances):       # an open bar is drawn again below the sentence
+            with suppress(OSError):             # stderr may be closed
                 bar.close()
 
 
 def end_loader_processes():
-    """They ignore SIGTERM, by which Python would end them at exit; scikit-learn's end by themselves."""
+    """Kill the loader processes, which ignore the SIGTERM that Python sends them at exit.
+
+    scikit-learn's are of another class and end by themselves.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if isinstance(child, multiprocessing.Process):

@@ -119,7 +119,8 @@ def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> d
         write_index(index, known)                                               # rather than fail after hours
     saved = time.monotonic()
     files = [str(split.found[path]) for path in todo]
-    # Decoding releases Python's lock; a scan that is interrupted closes the results, which cancels the rest
+    # Decoding releases Python's lock, so threads are enough.
+    # Closing the results cancels what is left when the scan is interrupted.
     with ThreadPoolExecutor(workers) as pool, closing(pool.map(examine, files)) as results:
         bar = tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not progress or not todo)
         for path, result in zip(todo, bar):

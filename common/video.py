@@ -19,7 +19,7 @@ from common.pictures import PLANAR, as_array, as_rgb, converter, quarter_turns, 
 av.logging.set_level(None)                      # what goes wrong is raised as VideoError, not printed by FFmpeg
 
 PATIENCE = 60                                   # seconds without a frame after which a decode is given up
-# Metadata that is not UTF-8 is no error to PyAV 19; PyAV 18 has to be told so.
+# PyAV 19 accepts metadata that is not UTF-8; PyAV 18 does so only when told.
 METADATA = dict(metadata_errors="ignore") if av.__version__.startswith("18.") else {}
 
 
@@ -44,7 +44,7 @@ def video_errors(path):
 # ---- All frames, one after the other ----
 
 def open_container(path):
-    """PyAV's container of a local file, to be closed."""
+    """Open a local file -> PyAV's container, which the caller closes."""
     path = os.path.abspath(path)                # FFmpeg would take a name such as "concat:x" for a protocol
     return av.open(path, timeout=PATIENCE, options={"protocol_whitelist": "file"}, **METADATA)
 

@@ -375,7 +375,7 @@ def spied(monkeypatch):
 # ---- Processes ----
 
 def run_python(*argv, cwd):
-    """A Python of its own that finds the project's modules -> what it prints, and no error."""
+    """Run a Python that finds the project's modules -> its stdout; fail where it fails."""
     done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -383,7 +383,7 @@ def run_python(*argv, cwd):
 
 
 def wait_until(condition, process):
-    """Wait until condition(), as long as a subprocess.Popen runs."""
+    """Wait until condition() holds; fail if the process, a subprocess.Popen, ends first."""
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

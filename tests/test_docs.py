@@ -50,7 +50,8 @@ def test_each_table_of_the_paper_has_its_cells():
     assert set(re.findall(r"Table \d|Fig\. \d", cells)) == {"Table 1", "Fig. 5", "Table 2", "Table 3", "Table 4"}
 
 
-SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n[^#]*?```python\n(.*?)```", README, re.M | re.S))  # {section: code}
+# {section: code}
+SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n[^#]*?```python\n(.*?)```", README, re.M | re.S))
 
 
 def test_the_snippets_of_readme_are_three():
@@ -58,18 +59,18 @@ def test_the_snippets_of_readme_are_three():
     assert README.count("```python") == 3
 
 
-def test_the_losses_are_used_as_readme_prints_it(tmp_path):
+def test_readmes_snippet_of_the_losses_runs_and_gives_gradients(tmp_path):
     code = SNIPPETS["Use the losses"] + "print(psi.grad.any().item(), phi.grad.any().item())"
     assert run_python("-c", code, cwd=tmp_path) == "True True\n"
 
 
-def test_the_features_of_a_retrieval_are_used_as_readme_prints_it(found, tmp_path):
+def test_readmes_snippet_of_the_features_runs_on_what_retrieval_writes(found, tmp_path):
     np.savez(tmp_path / "found.npz", **found[1])
     accuracy = run_python("-c", SNIPPETS["Use the features"], cwd=tmp_path)
     assert 0 <= float(accuracy) <= 1
 
 
-def test_a_backbone_is_added_as_readme_prints_it(world, tmp_path):
+def test_a_backbone_added_by_readmes_snippet_trains(world, tmp_path):
     shutil.copytree(ROOT / "common", tmp_path / "common")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)

@@ -67,7 +67,7 @@ def test_a_wish_to_stop_is_answered_while_a_batch_is_waited_for(copy_of_world, t
     _, said = process.communicate(timeout=20)
     last = [json.loads(line) for line in log.read_text().splitlines()][-1]["step"]
     assert process.returncode == 1 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith(f"SIGTERM: saved step {last} of")   # below the bar, which is closed
+    assert said.splitlines()[-1].startswith(f"SIGTERM: saved step {last} of")   # below the bar
     assert stored(out)["step"] == last
 
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
 from common.flags import paper_defaults
-from common.processes import init_distributed, mean_over_processes
+from common.processes import init_distributed, locked, mean_over_processes
 from common.toy import TOY_CLASSES
 from models import LOSSES, TimeEquivariant, load_backbone
 from pretrain import gather_keys, objective
@@ -208,6 +208,13 @@ def test_a_process_that_fails_ends_all_of_them_with_the_cause(world, tmp_path):
     done = torchrun(world, tmp_path, "raise OSError('the lamp fell into the disk')")
     assert done.returncode != 0 and "error: the lamp fell into the disk" in done.stderr
     assert stored(tmp_path / "out")["step"] == 3
+
+
+def test_a_refusal_is_told_by_process_0_alone(world, tmp_path):
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(ROOT / "pretrain.py")]
+    with locked(tmp_path):
+        done = subprocess.run([*command, *words(world, tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and done.stderr.count("error: another run is writing to") == 1
 
 
 def test_two_machines_of_two_processes_train_together(world, tmp_path):

@@ -296,7 +296,7 @@ def test_stopped_or_killed_it_leaves_no_half_file_and_goes_on(world, copied, tmp
     target = tmp_path / "out"
     command = [sys.executable, ROOT / "tools/shrink.py", world, target, "--size", "32", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and len([*target.glob("Spin/*.*"), *target.glob("Zoom/*.*")]) < 3:
+    while process.poll() is None and len([*target.glob("Spin/*.*"), *target.glob("Zoom/*.*")]) < 3:     # whole copies
         time.sleep(0.01)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
