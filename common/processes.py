@@ -40,6 +40,7 @@ def init_distributed():
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store_of_this_start(world), rank=rank, world_size=world)
+        patient_group.cache_clear()             # of a process group that has ended
     return rank, world, device
 
 
