@@ -1,14 +1,14 @@
 """Pre-train a time-equivariant video representation (Jenni & Jin, ICCV 2021) on unlabelled videos.
 
-    python pretrain.py                                                          # the toy set, on a CPU
-    torchrun --nproc_per_node=8 pretrain.py --arch r3d18 --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist
+    python pretrain.py                                                      # the toy set, on a CPU
+    torchrun --nproc_per_node=8 pretrain.py --arch r3d18 \\
+        --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist
 
-Writes OUT/log.jsonl, OUT/checkpoint.pt (started again with the same OUT, it goes on from there) and OUT/backbone.pt.
+Writes OUT/log.jsonl, OUT/checkpoint.pt (the same command resumes from it) and OUT/backbone.pt.
 """
 import contextlib
 import shlex
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -16,296 +16,293 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from common.checkpoints import resume, save, save_checkpoint, warmup_cosine
-from common.flags import optimisation_flags, parse_and_check, pretraining_parser
-from common.precision import autocast, on_device, step_scaled
-from common.processes import all_gather, data_parallel, init_distributed, locked, on_first, run
-from common.progress import Progress
-from common.splits import list_and_scan, usable
-from data import Pairs, augmented, step_loader
+from common import UserError
+from common.distributed import (
+    all_gather,
+    data_parallel,
+    init_distributed,
+    on_rank0,
+    rank_and_world,
+    run,
+)
+from common.flags import (
+    default_arch,
+    fill_defaults,
+    non_negative_int,
+    optimisation_flags,
+    paper_defaults,
+    positive_float,
+    positive_int,
+    pretraining_parser,
+    table_of_defaults,
+)
+from common.splits import load_and_scan, usable
+from common.training import (
+    Progress,
+    autocast,
+    locked,
+    resume,
+    save,
+    save_file,
+    step_scaled,
+    warmup_cosine,
+)
+from data import Pairs, augment, step_loader
 from losses import loss_distinct, loss_equi, loss_inst
-from models import LOSSES, TERMS, TimeEquivariant, check_clips, load_backbone, read_weights
-from retrieval import knn_accuracy
+from models import LOSSES, TERMS, TimeEquivariant, load_backbone
 
 
 def parse_args(argv=None):
-    parser = pretraining_parser(__doc__, sys.argv[1:] if argv is None else argv)
-    group = parser.add_argument_group("objective")
-    group.add_argument("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
-                       help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
-    group.add_argument("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
-                       help="what the two videos of a group share, and so what psi has to tell: shift, speeds and "
-                       "directions; crop and flip; both (Table 1 b-d)")
-    group.add_argument("--speeds", type=int, nargs="+", default=[1, 2, 4, 8], metavar="S",
-                       help="playback speeds: source frames from one frame of a clip to the next (Sec. 3.2)")
-    group.add_argument("--lam", type=float, default=0.1, help="temperature λ (Eq. 2)")
-    group = optimisation_flags(parser)
-    group.add_argument("--init", metavar="FILE", help="start from the weights of F in a backbone.pt or of torchvision; "
-                       "the heads are fresh (the paper: from scratch)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N",
-                       help="cut the batch into N parts, with the gradient of the whole (Eq. 2: keys get none)")
-    group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--tensorboard", action="store_true", help="curves in OUT as well (pip install tensorboard)")
-    group.add_argument("--knn-every", type=int, default=0, metavar="EPOCHS",
-                       help="1-NN accuracy among training videos every so many epochs, by their labels; 0: never")
-    group.add_argument("--keep-every", type=int, default=0, metavar="STEPS",
-                       help="keep F every so many steps besides, as OUT/backbone-STEP.pt; 0: never")
-    args = parse_and_check(parser, argv)
+    parser = pretraining_parser(__doc__)
+    parser.epilog = table_of_defaults(lambda name: paper_defaults(name, default_arch(name)))
+    add = parser.add_argument_group("objective").add_argument
+    add("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
+        help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
+    add("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
+        help="what the videos of a group share and psi encodes: temporal (shift, speeds, "
+        "directions), spatial (crop, flip) or both (Table 1 b-d)")
+    add("--speeds", type=positive_int, nargs="+", default=[1, 2, 4, 8], metavar="S",
+        help="playback speeds: source frames from one frame of a clip to the next (Sec. 3.2)")
+    add("--lam", type=positive_float, default=0.1,
+        help="temperature λ (Eq. 2); float32 overflows below 0.012")
+    add = optimisation_flags(parser).add_argument
+    add("--init", metavar="FILE", help="start from the weights of F in a backbone.pt or of "
+        "torchvision; heads are newly initialised (the paper: from scratch)")
+    add("--accumulate", type=positive_int, default=1, metavar="N",
+        help="split the batch into N parts; same gradient as the whole (Eq. 2: keys get none)")
+    add("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--tensorboard", action="store_true",
+        help="also write curves to OUT (pip install tensorboard)")
+    add("--keep-every", type=non_negative_int, default=0, metavar="STEPS",
+        help="also save F every STEPS steps, as OUT/backbone-STEP.pt; 0: never")
+    args = parser.parse_args(argv)
 
-    args.losses, args.speeds = sorted(set(args.losses), key=TERMS.index), sorted(set(args.speeds))
+    args.arch = args.arch or default_arch(args.dataset)
+    fill_defaults(parser, args, paper_defaults(args.dataset, args.arch))
+    args.losses = sorted(set(args.losses), key=TERMS.index)
+    args.speeds = sorted(set(args.speeds))
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"
-    if args.speeds[0] < 1 or args.speeds[-1] > 1023:
-        parser.error("--speeds must lie between 1 and 1023 source frames a step")
-    if args.equivariance == "spatial" and set(args.losses) & {"speed", "direction", "order", "distinct"}:
-        parser.error("--equivariance spatial gives both clips one temporal transformation, so it goes with "
-                     "--losses inst equi only (Table 1 b)")
-    check_clips(args)
+    if args.equivariance == "spatial" and not set(args.losses) <= {"inst", "equi"}:
+        parser.error("--equivariance spatial gives both clips one temporal transformation, so it "
+                     "goes with --losses inst equi only (Table 1 b)")
     return args
 
 
-def check_batch_size(args, world):
-    """Each process, and each of its --accumulate parts, gets whole groups of two videos."""
-    unit = 2 * world * args.accumulate
-    if args.batch_size % unit:
-        raise ValueError(f"--batch-size {args.batch_size} does not split into groups of two videos on {world} "
-                         f"process(es) in {args.accumulate} part(s): give a multiple of {unit}")
-
+# ---- Data ----
 
 def prepare(args):
-    """The training videos: list, frame counts, and which of them can be used -> Split, paths, index."""
-    split, index = list_and_scan(args, args.split, "train")
-    if args.knn_every and not split.classes:
-        raise ValueError(f"--knn-every needs labels, which {split.title} lacks")
-    paths, report = usable(split, index, args.speeds[0] * (args.frames - 1) + 1)    # what the slowest clip takes
-    if args.batch_size > len(paths):
-        raise ValueError(f"--batch-size {args.batch_size} is larger than the {len(paths)} usable videos ({report})")
+    """The training videos, scanned -> Pairs: groups of two under one transformation (Fig. 3)."""
+    _, world = rank_and_world()
+    split = load_and_scan(args, args.split, "train")
+    paths, report = usable(split, args.speeds[0] * (args.frames - 1) + 1)   # of the slowest clip
     print(report, file=sys.stderr)
-    return split, paths, index
-
-
-def training_pairs(args, split, paths, index):
-    """Groups of two videos under one relative transformation (Fig. 3); for Fig. 5's baseline each clip twice."""
+    unit = 2 * world * args.accumulate
+    if args.batch_size % unit or args.batch_size > len(paths):
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {unit} (groups of 2 "
+                        f"videos, {world} process(es), {args.accumulate} part(s)) and at most "
+                        f"{len(paths)}, the usable videos")
     clips = 4 if "distinct" in args.losses else 2
-    return Pairs(split, paths, index, args.frames, args.size, args.speeds, args.seed, args.equivariance, clips)
+    return Pairs(split, paths, args.frames, args.size, args.speeds, args.seed, args.equivariance,
+                 clips)
 
 
-def clips_as_rows(x, i):
-    """x (B, n, D) of n clips of videos i, one row a clip -> (nB, D), i of each 0 0 1 1 ..., its clip 0 1 0 1 ..."""
+def to_device(batch, device):
+    """Move a batch to the device and apply the colour part of σ (Sec. 3.4) to its clips.
+
+    clips: uint8 (B, n, T, H, W, 3) -> float32 (B, n, 3, T, H, W)
+    """
+    colours = batch.pop("colour")                               # stays on the CPU
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return batch | dict(clips=augment(batch["clips"], colours))
+
+
+# ---- Objective ----
+
+def objective(out, batch, keys, lam):
+    """Table 1: the terms of L = L_inst + L_equi + L_speed + L_direction + L_order -> {name: scalar}
+
+    out: the network's output, with the heads of the chosen terms; keys: from `gather_keys`.
+    """
+    terms = {}
+    i, k = batch["video"], keys["video"]                                    # (B,), (M,)
+    if "phi" in out:                                                        # Eq. 3
+        terms["inst"] = loss_inst(*clip_rows(out["phi"], i), clip_rows(keys["phi"], k), lam)
+    if "psi" in out:                                                        # Eq. 1
+        terms["equi"] = loss_equi(out["psi"], i, batch["pq"], (keys["psi"], k, keys["pq"]), lam)
+    if "chi" in out:                                                        # Fig. 5
+        terms["distinct"] = loss_distinct(*view_rows(out["chi"], i), view_rows(keys["chi"], k), lam)
+    for task in ("speed", "direction", "order"):                            # Sec. 3.2
+        if task in out:
+            logits = out[task].float().flatten(0, -2)                       # (2B or B, classes)
+            terms[task] = F.cross_entropy(logits, batch[task].flatten())
+    return terms
+
+
+def clip_rows(x, i):
+    """x (B, n, D), n clips of each video -> (nB, D), video ids 0 0 1 1 ..., clip ids 0 1 0 1 ..."""
     n = x.shape[1]
     return x.flatten(0, 1), i.repeat_interleave(n), torch.arange(n, device=i.device).repeat(len(i))
 
 
-def anchors(out, batch):
-    """What Eq. 1, Eq. 3 and Fig. 5 compare, a row each -> {term: (features, ids ...)}, the losses' arguments."""
-    i = batch["video"]                                                          # (B,)
-    rows = {}
-    if "phi" in out:
-        rows["inst"] = clips_as_rows(out["phi"], i)                             # φ_i^p (2B, D), i, p (2B,)
-    if "psi" in out:
-        rows["equi"] = out["psi"], i, batch["pq"]                               # ψ_i^pq (B, D), i, pq (B,)
-    if "chi" in out:
-        chi, i, clip = clips_as_rows(out["chi"], i)                             # χ_i^ps (4B, D): clips p q p q,
-        rows["distinct"] = chi, i, clip % 2, clip // 2                          # σ of each 0 0 1 1
-    return rows
+def view_rows(x, i):
+    """The same for clips p q p q under σ_s, s = 0 0 1 1 -> (4B, D), i, p, s"""
+    x, i, clip = clip_rows(x, i)
+    return x, i, clip % 2, clip // 2
 
 
 def gather_keys(out, batch):
-    """The keys of Eq. 1, Eq. 3 and Fig. 5: the anchors of all processes."""
-    return {term: all_gather(*rows) for term, rows in anchors(out, batch).items()}
-
-
-def objective(out, batch, keys, lam):
-    """L = L_inst + L_equi + L_speed + L_direction + L_order, term by term (Table 1; a row passes fewer terms).
-
-    -> terms {name: scalar}, scores {name: scalar, or the labels' shares}: what the heads get right, and by chance.
-    """
-    terms, scores = {}, {}
-    rows = anchors(out, batch)
-    if "inst" in rows:
-        phi, i, p = rows["inst"]
-        terms["inst"] = loss_inst(phi, i, p, keys["inst"], lam)                 # Eq. 3
-        phi_j, j, r = keys["inst"]
-        same_i, same_p = i[:, None] == j, p[:, None] == r                       # (2B, M)
-        scores["phi_nearest"], scores["phi_chance"] = nearest(phi, phi_j, ~(same_i & same_p), same_i)
-    if "equi" in rows:
-        psi, i, pq = rows["equi"]
-        terms["equi"] = loss_equi(psi, i, pq, keys["equi"], lam)                # Eq. 1
-        psi_k, k, rs = keys["equi"]
-        scores["psi_nearest"], scores["psi_chance"] = nearest(psi, psi_k, i[:, None] != k, pq[:, None] == rs)
-    if "distinct" in rows:
-        chi, i, p, s = rows["distinct"]
-        terms["distinct"] = loss_distinct(chi, i, p, s, keys["distinct"], lam)  # Fig. 5
-    for task in ("speed", "direction", "order"):                                # Sec. 3.2
-        if task in out:
-            logits, label = out[task].float().flatten(0, -2), batch[task].flatten()
-            terms[task] = F.cross_entropy(logits, label)
-            scores[f"{task}_acc"] = (logits.argmax(1) == label).float().mean()
-            scores[f"{task}_shares"] = F.one_hot(label, logits.shape[1]).float().mean(0)
-    return terms, scores
+    """The keys of Eq. 1, Eq. 3 and Fig. 5: features and ids of all processes, without gradient."""
+    features = {name: out[name] for name in ("phi", "psi", "chi") if name in out}
+    ids = {name: batch[name] for name in ("video", "pq")}
+    return {name: all_gather(x) for name, x in (features | ids).items()}
 
 
 @torch.no_grad()
+def scores(out, batch, keys):
+    """Accuracies of the heads, and as *_chance their chance levels, or the class frequencies."""
+    found = {}
+    i, k = batch["video"], keys["video"]                                    # (B,), (M,)
+    if "phi" in out:                                            # nearest is of the same video
+        phi, i_row, p = clip_rows(out["phi"], i)
+        phi_j, j, r = clip_rows(keys["phi"], k)
+        same_i, same_p = i_row[:, None] == j, p[:, None] == r               # (2B, M)
+        found["phi_nearest"], found["phi_chance"] = nearest(phi, phi_j, ~(same_i & same_p), same_i)
+    if "psi" in out:                                            # nearest has the same pq
+        same_pq = batch["pq"][:, None] == keys["pq"]                        # (B, M)
+        found["psi_nearest"], found["psi_chance"] = nearest(
+            out["psi"], keys["psi"], i[:, None] != k, same_pq)
+    for task in ("speed", "direction", "order"):
+        if task in out:
+            logits, label = out[task].flatten(0, -2), batch[task].flatten()
+            found[f"{task}_acc"] = (logits.argmax(1) == label).float().mean()
+            found[f"{task}_chance"] = F.one_hot(label, logits.shape[1]).float().mean(0)
+    return found
+
+
 def nearest(x, y, candidate, match):
     """How often an anchor's most similar candidate matches, and how often a random one would.
 
-    x: (N, D), y: (M, D), candidate, match: bool (N, M) -> two scalars.
+    x: (N, D), y: (M, D), candidate, match: bool (N, M) -> two scalars
     """
-    cosine = F.normalize(x.float(), dim=1) @ F.normalize(y.float(), dim=1).T    # (N, M)
+    cosine = F.normalize(x.float(), dim=1) @ F.normalize(y.float(), dim=1).T        # (N, M)
     hit = match.gather(1, cosine.masked_fill(~candidate, -2).argmax(1, keepdim=True))
     return hit.float().mean(), ((match & candidate).sum(1) / candidate.sum(1)).mean()
 
 
-def split_batch(batch, n):
-    """n equal parts of a batch, along the videos -> list of dicts."""
-    pieces = {name: value.chunk(n) for name, value in batch.items()}
-    return [{name: piece[k] for name, piece in pieces.items()} for k in range(n)]
+def accumulate(network, batch, args, scaler):
+    """Compute a batch's gradient in N parts: all keys first, then each part against them.
 
-
-@contextlib.contextmanager
-def frozen_statistics(network):
-    """Inside, BatchNorm's running statistics stay as they are: clips that are seen twice count once."""
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    Exact, since Eq. 2 stops the gradient at the keys; only BatchNorm sees the parts. Its running
+    statistics skip the first pass. -> terms, scores: means over the parts
+    """
+    n, device = args.accumulate, batch["clips"].device
+    parts = [dict(zip(batch, values)) for values in zip(*(x.chunk(n) for x in batch.values()))]
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-def keys_of_parts(network, parts, batch, precision):
-    """The keys of a whole batch, of all processes, from a first pass over its parts without gradient."""
-    with torch.no_grad(), precision, frozen_statistics(network):
+    with torch.no_grad(), autocast(args.amp, device):
         outs = [network(part["clips"]) for part in parts]
-    whole = {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
-    return gather_keys(whole, batch)
+    for norm in norms:
+        norm.track_running_stats = True
+    keys = gather_keys({name: torch.cat([out[name] for out in outs]) for name in outs[0]}, batch)
 
-
-def forward_backward(network, batch, n, lam, precision=contextlib.nullcontext(), scaler=None):
-    """The gradient of one batch, cut into n parts: first the keys of all parts, then each part against all keys.
-
-    That is the whole batch's gradient, since Eq. 2 stops it at the keys (BatchNorm aside, which sees the parts).
-    -> {name: mean over the parts}: loss, terms, scores. ValueError: what the losses refuse, on a CPU.
-    """
-    parts = split_batch(batch, n)
-    keys = keys_of_parts(network, parts, batch, precision) if n > 1 else None
-    values = defaultdict(float)
-    for k, part in enumerate(parts):
-        more = k < n - 1 and dist.is_initialized()                              # DDP averages the gradients once
+    values = []
+    for part in parts:
+        more = part is not parts[-1] and dist.is_initialized()              # DDP averages once
         with network.no_sync() if more else contextlib.nullcontext():
-            with precision:
-                out = network(part["clips"])                                    # (B, 2, 3, T, H, W) -> dict
-            terms, scores = objective(out, part, keys or gather_keys(out, part), lam)
-            loss = sum(terms.values())                                          # Table 1: plain sums
-            (scaler.scale(loss / n) if scaler else loss / n).backward()
-        for name, value in dict(loss=loss, **terms, **scores).items():
-            values[name] += value.detach() / n
-    return dict(values)
+            with autocast(args.amp, device):
+                out = network(part["clips"])
+            terms = objective(out, part, keys, args.lam)
+            scaler.scale(sum(terms.values()) / n).backward()
+        values.append((terms, scores(out, part, keys)))
+    return [{name: sum(value[name].detach() for value in column) / n for name in column[0]}
+            for column in zip(*values)]
 
 
-def to_device(batch, device):
-    """A batch on the network's device, its clips with the colour part of σ (Sec. 3.4): (B, n, 3, T, H, W) float32."""
-    seeds = batch.pop("seed")                                                   # (B, n), used on the CPU
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    return batch | dict(clips=augmented(batch["clips"], seeds))
+# ---- Training ----
 
+def train(args, pairs, device):
+    rank, world = rank_and_world()
+    folder, steps_per_epoch = Path(args.out), len(pairs) // (args.batch_size // 2)
+    steps = args.epochs * steps_per_epoch
 
-def new_model(args, device):
-    """F and the heads of the chosen losses, on the device -> TimeEquivariant."""
-    if args.sync_bn and device.type == "cpu":
-        raise ValueError("--sync-bn needs GPUs: torch has no SyncBatchNorm for CPUs")
-    model = on_device(TimeEquivariant(args.arch, args.losses, len(args.speeds)), device)
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+    # Model and optimiser
+    model = TimeEquivariant(args.arch, args.losses, len(args.speeds))
+    model.to(device, memory_format=torch.channels_last_3d)
+    if args.sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay,
+                      fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-
-def wrapped(model, args, device):
-    """The model under DDP, where torchrun started it, and torch.compile."""
+    # Resume
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
+    step = resume(folder, vars(args), **state)
+    if args.init and step == 0:
+        model.backbone.load_state_dict(load_backbone(args.init, args.arch).state_dict())
+    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_per_epoch), steps, step)
     network = data_parallel(model, device)
-    return torch.compile(network) if args.compile else network
+    if args.compile:
+        network = torch.compile(network)
 
+    # Steps
+    loader = step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world)
+    clips = pairs.clips * args.batch_size
+    with Progress(folder, step, steps, steps_per_epoch, clips, args, device) as progress:
+        for step, batch in progress.batches(loader):
+            batch = to_device(batch, device)
+            optimizer.zero_grad()
+            if args.accumulate > 1:
+                terms, accuracies = accumulate(network, batch, args, scaler)
+                loss = sum(terms.values())
+            else:
+                with autocast(args.amp, device):
+                    out = network(batch["clips"])                           # (B, n, 3, T, H, W)
+                keys = gather_keys(out, batch)
+                terms = objective(out, batch, keys, args.lam)
+                loss = sum(terms.values())                                  # Table 1: plain sums
+                scaler.scale(loss).backward()
+                accuracies = scores(out, batch, keys)
+            scaled = step_scaled(scaler, optimizer, loss)
+            lr = schedule.get_last_lr()[0]
+            progress.log(step, lr, loss=loss, **terms, **accuracies, **scaled)
+            schedule.step()
 
-def save_all(out, args, world, step, state):
-    """OUT/checkpoint.pt, from which a run goes on, and OUT/backbone.pt, F alone for the judges."""
-    save(out, args, world, step, **state)
-    save_backbone(out / "backbone.pt", state["model"], args)
+            if progress.save_due(step):
+                save_backbone(folder / "backbone.pt", model, args)
+                save(folder, vars(args), step, **state)
+            if args.keep_every and step % args.keep_every == 0 and rank == 0:
+                save_backbone(folder / f"backbone-{step}.pt", model, args)
 
 
 def save_backbone(file, model, args):
-    """F alone, with the run's arguments, for the judges."""
-    save_checkpoint(file, arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
+    """F alone, with the run's arguments, for the evaluations."""
+    save_file(file, arch=args.arch, backbone=model.backbone.state_dict(), args=vars(args))
 
 
-def train(args, videos, pairs, rank, world, device):
-    """Pre-train, or go on doing so; writes what OUT holds. videos: of prepare; pairs: of training_pairs."""
-    out, steps_an_epoch = Path(args.out), len(pairs) // (args.batch_size // 2)
-    steps = args.epochs * steps_an_epoch
-
-    # Model and optimiser
-    model = new_model(args, device)
-    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    step = resume(out, args, world, **state)
-    schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_an_epoch), steps, step)
-    if args.init and step == 0:
-        model.backbone.load_state_dict(load_backbone(args.init, args.arch).state_dict())
-    network = wrapped(model, args, device)
-
-    # Steps
-    loaded = step_loader(pairs, args.batch_size // 2, step, steps, args.workers, rank, world)
-    progress = Progress(out, pairs.files, step, steps, steps_an_epoch, pairs.clips * args.batch_size, args, device)
-    for step, batch in progress.batches(loaded):
-        batch = to_device(batch, device)
-        optimizer.zero_grad()
-        with progress.naming_videos(step):
-            values = forward_backward(network, batch, args.accumulate, args.lam, autocast(args.amp, device), scaler)
-        values |= step_scaled(scaler, optimizer, values["loss"])
-        progress.done(step, schedule.get_last_lr()[0], **values)
-        schedule.step()
-
-        if progress.saves(step):
-            save_all(out, args, world, step, state)
-        if args.keep_every and step % args.keep_every == 0 and rank == 0:
-            save_backbone(out / f"backbone-{step}.pt", model, args)
-        if args.knn_every and step % (args.knn_every * steps_an_epoch) == 0:
-            progress.log(step, **knn_accuracy(model.backbone, *videos, args, device))
-    if step < steps:                                                            # asked to stop
-        if rank == 0:
-            save_all(out, args, world, step, state)
-        progress.leave(step)
-
-
-def next_command(args, backbone):
-    """What to type to see what F has learned: the linear probe, or neighbours where there are no official lists."""
-    checkpoint = ["--checkpoint", str(backbone)]
+def next_command(args):
+    """What to type next: the linear probe, or neighbours where there are no official lists."""
+    words = ["linear_probe.py"]
     if args.dataset in ("kinetics400", "folder"):
-        words = ["retrieval.py", "--gallery", args.data, "--query", args.data, "--features", "features.npz"]
-    elif args.dataset == "toy" and args.data == "toy-videos":
-        words = ["linear_probe.py"]
-    else:
-        words = ["linear_probe.py", "--dataset", args.dataset, "--data", args.data]
-        words += ["--annotations", args.annotations] if args.annotations else []
-    return f"python {shlex.join(words + checkpoint)}"
+        words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
+    elif (args.dataset, args.data) != ("toy", "toy-videos"):
+        words += ["--dataset", args.dataset, "--data", args.data]
+    if args.split != 1:
+        words += ["--split", str(args.split)]
+    for name in ("annotations", "index"):
+        if getattr(args, name):
+            words += [f"--{name}", getattr(args, name)]
+    return f"python {shlex.join(words)} --checkpoint {shlex.quote(args.out)}/backbone.pt"
 
 
 def main(argv=None):
     args = parse_args(argv)
-    backbone = Path(args.out) / "backbone.pt"
-
-    # Distributed
-    rank, world, device = init_distributed()
-    check_batch_size(args, world)
-    if args.init and not backbone.exists():                                     # of a new run: rather than fail after
-        read_weights(args.init)                                                 # the scan of the videos
+    _, _, device = init_distributed()
     torch.manual_seed(args.seed)
-
-    with locked(backbone.parent):
-        videos = on_first(prepare, args)                                        # Split, paths, index
-        pairs = training_pairs(args, *videos)
-        train(args, videos, pairs, rank, world, device)
-    print(f"next: {next_command(args, backbone)}")
+    with locked(Path(args.out)):
+        train(args, on_rank0(prepare, args), device)
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

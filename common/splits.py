@@ -1,25 +1,25 @@
-"""Which videos: those that the lists name and that are there, and what a scan of them found."""
+"""Videos of a data set: official lists, own folders, and the scan that counts frames."""
 import hashlib
 import json
 import os
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import write_json
-from common.lists import LISTS, class_numbers, own_folder, refuse_outside
+from common import UserError, write_text
 from common.toy import make_toy
-from common.tree import each_once, find_files, first, is_video, list_tree, real_files, unread
-from common.video import examine, stamp
+from common.video import probe
 
-MAX_BAD = 0.05                                  # a larger share of missing or unreadable videos stops a run
-PUBLISHED = {                                   # videos, by a split's title; Kinetics: Sec. 4
+MAX_BAD = 0.05                                                  # failed fraction that stops a run
+SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
+            ".gif", ".3gp"}
+# title of a split -> published number of its videos; Kinetics: Sec. 4
+PUBLISHED = {
     "ucf101 train split 1": 9537, "ucf101 test split 1": 3783,
     "ucf101 train split 2": 9586, "ucf101 test split 2": 3734,
     "ucf101 train split 3": 9624, "ucf101 test split 3": 3696,
@@ -28,229 +28,265 @@ PUBLISHED = {                                   # videos, by a split's title; Ki
     "hmdb51 train split 3": 3570, "hmdb51 test split 3": 1530,
     "diving48 train split 1": 15027, "diving48 test split 1": 1970,
     "kinetics400": "around 240000", "kinetics400 train": "around 240000"}
-OWN_LABELS = "one's own videos lie in train/CLASS/ and val/CLASS/ below --data"
-SOURCE = {                                      # of a path, what names the recording that a clip was cut from
-    "toy": r"(.*_g\d+)_c\d+\.\w+", "ucf101": r"(.*_g\d+)_c\d+\.\w+", "hmdb51": r"(([^/]*)/.*?)_\2_.*",
-    "diving48": r"(.*)_\d+\.\w+", "diving48v1": r"(.*)_\d+\.\w+"}
+# data set -> pattern of its paths, whose first group names the recording
+SOURCE = {
+    "toy": r"(.*_g\d+)_c\d+\.\w+", "ucf101": r"(.*_g\d+)_c\d+\.\w+",
+    "hmdb51": r"(([^/]*)/.*?)_\2_.*", "diving48": r"(.*)_\d+\.\w+", "diving48v1": r"(.*)_\d+\.\w+"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Split:
-    """Some videos of a data set: paths below root, a class number for each (None: unlabelled), the class names.
+    """Videos of a data set.
 
-    paths holds the names that the lists give; found maps each to the file that is there, missing names the rest.
-    notes: what one should know of these lists and folders, a sentence each.
+    paths are relative to root; labels index classes (None: unlabelled).
+    failed has the missing videos, and after the scan the undecodable ones too.
     """
     title: str
     root: Path
     paths: list
     labels: list
     classes: list
-    found: dict
-    missing: list
-    notes: tuple = ()
+    files: dict                                                 # path -> existing file
+    shapes: dict = field(default_factory=dict)                  # path -> frames, height, width
+    failed: dict = field(default_factory=dict)                  # path -> reason
 
+
+# ---- Official lists: root, folder of the lists, split, "train" or "test" -> rows, classes ----
+
+def ucf101(root, annotations, number, part):
+    """-> [(path, class name), ...], class names. The class of a video is its folder."""
+    (file,) = find_lists(root, annotations, "ucfTrainTestlist", f"{part}list{number:02d}.txt")
+    classes = [line.split()[1] for line in read_lines(file.with_name("classInd.txt"))]
+    paths = [line.split()[0] for line in read_lines(file)]      # a label may follow
+    return [(path, path.split("/")[0]) for path in paths], classes
+
+
+def hmdb51(root, annotations, number, part):
+    """One list per class. A line is a video and its use: 1 training, 2 test, 0 neither."""
+    ending, use = f"_test_split{number}.txt", {"train": "1", "test": "2"}[part]
+    rows, classes = [], []
+    for file in find_lists(root, annotations, "testTrainMulti_7030_splits", f"*{ending}"):
+        classes.append(file.name.removesuffix(ending))
+        lines = [line.rsplit(maxsplit=1) for line in read_lines(file)]
+        rows += [(f"{classes[-1]}/{name}", classes[-1]) for name, flag in lines if flag == use]
+    return rows, classes
+
+
+def diving48(root, annotations, number, part, version="_V2"):
+    """Labels V2 by default. Classes are the numbers 0 to 47; V2 has no video of class 30."""
+    (file,) = find_lists(root, annotations, ".", f"Diving48{version}_{part}.json")
+    entries = json.loads(file.read_text())
+    rows = [(f"{entry['vid_name']}.mp4", str(entry["label"])) for entry in entries]
+    return rows, [str(k) for k in range(48)]
+
+
+def diving48v1(root, annotations, number, part):
+    return diving48(root, annotations, number, part, version="")
+
+
+LISTS = dict(toy=ucf101, ucf101=ucf101, hmdb51=hmdb51, diving48=diving48, diving48v1=diving48v1)
+
+
+def find_lists(root, annotations, folder, pattern):
+    """Find the lists in `annotations`, or else in root or its parent; in each, also in `folder`.
+
+    UserError: no file matches `pattern`.
+    """
+    bases = [Path(annotations)] if annotations else [root, root.parent]
+    places = [place for base in bases for place in (base, base / folder)]
+    for place in places:
+        files = [file for file in sorted(place.glob(pattern)) if not file.name.startswith("._")]
+        if files:
+            return files
+    raise UserError(f"no list {pattern} in {' or '.join(map(str, places))} (--annotations)")
+
+
+def read_lines(file):
+    """Read the non-blank lines of a list; like file names, they may contain any bytes."""
+    lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+# ---- Folders ----
+
+def find_videos(root):
+    """Find all videos below a folder, following links -> sorted relative paths.
+
+    OSError: a folder cannot be read.
+    """
+    def stop(error):
+        raise error                                             # os.walk would skip the folder
+
+    paths = []
+    for folder, _, names in os.walk(root, onerror=stop, followlinks=True):
+        for name in names:
+            # macOS adds files named ._*
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("._"):
+                paths.append(os.path.relpath(os.path.join(folder, name), root))
+    return sorted(paths)
+
+
+def own_folder(dataset, root, part):
+    """Load DATA/train/CLASS/FILE or DATA/val (or test)/CLASS/FILE, with train's classes -> Split
+
+    Without DATA/train, either part is all videos below DATA.
+    """
+    if not (root / "train").is_dir():
+        return labelled_folder(dataset, root)
+    train = labelled_folder(f"{dataset} train", root / "train")
+    if part == "train":
+        return train
+    folder = root / "val" if (root / "val").is_dir() else root / "test"
+    return labelled_folder(f"{dataset} {folder.name}", folder, train.classes)
+
+
+def labelled_folder(title, root, classes=None):
+    """Load all videos below a folder -> Split
+
+    Labels are the class folders, if there are two or more and every video is in one.
+    """
+    paths = find_videos(root)
+    names = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
+    if classes is None:
+        classes = [] if "" in names or len(set(names)) < 2 else sorted(set(names))
+    labels = [classes.index(name) if classes else None for name in names]
+    return Split(title, root, paths, labels, classes, {path: root / path for path in paths})
+
+
+# ---- A split of a data set ----
 
 def load_split(dataset: str, data, annotations=None, split: int = 1, part: str = "train") -> Split:
-    """The videos of one part ("train" or "test") of one official split of a data set -> Split.
+    """Load one part ("train" or "test") of an official split or of own folders, without a scan.
 
-    dataset: one of LISTS. data: the folder of the videos; annotations: the folder of the official lists, looked for
-    beside data if None. A file that a list names twice, by two spellings or links, counts once.
-    ValueError: a list or folder is not there, or a line is not what the format says.
+    data: folder of the videos
+    annotations: folder of the official lists; None: in data or its parent
+    Letter case is ignored, since UCF101 spells HandstandPushups in two ways.
+    UserError: a folder or list is missing, or more than MAX_BAD of the videos are.
     """
     root = Path(data)
-    if dataset not in LISTS:
-        raise ValueError(f"unknown data set {dataset!r}")
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"{dataset}: the video folder {root} {what} (--data)")
-    title, root, rows, classes, source, notes = LISTS[dataset](dataset, root, annotations, split, part)
-    refuse_outside(root, rows)
-    labels = class_numbers(rows, classes, source)
-    paths = [row.path for row in rows]
-    files, bad = find_files(root, paths)
-    kept, again = each_once(paths, files)
-    if again and LISTS[dataset] is own_folder:
-        kept = range(len(paths))
-        notes.append(f"links lead to videos that lie there already, which count twice: {len(again)} ({first(again)})")
-    elif again:
-        notes.append(f"videos that are named twice count once: {len(again)} ({first(again)})")
-    notes += unread(root, bad)
-    paths = [paths[k] for k in kept]
-    found = {path: files[path] for path in paths if path in files}
-    missing = [path for path in paths if path not in files]
-    return Split(title, root, paths, [labels[k] for k in kept], classes, found, missing, tuple(dict.fromkeys(notes)))
+        raise UserError(f"the video folder {root} does not exist (--data)")
+    if dataset not in LISTS:
+        result = own_folder(dataset, root, part)
+    else:
+        rows, classes = LISTS[dataset](root, annotations, split, part)
+        if (root / "rgb").is_dir():                             # Diving48
+            root = root / "rgb"
+        place = {name.lower(): k for k, name in enumerate(classes)}
+        paths = [path for path, _ in rows]
+        labels = [place[name.lower()] for _, name in rows]
+        existing = {path.lower(): root / path for path in find_videos(root)}
+        files = {path: existing[path.lower()] for path in paths if path.lower() in existing}
+        result = Split(f"{dataset} {part} split {split}", root, paths, labels, classes, files)
+    result.failed = {path: "not found" for path in result.paths if path not in result.files}
+    check_failed(result)
+    return result
 
 
-def sources(dataset, paths):
-    """What each clip was cut from, so that cross-validation can keep it together: UCF101's group gGG of a class,
-    HMDB51's and Diving48's original video; elsewhere each video is its own -> list of str."""
-    found = []
-    for path in paths:
-        match = re.fullmatch(SOURCE.get(dataset, "(.*)"), path, re.DOTALL)
-        found.append(match[1] if match else path)
-    return found
+def load_and_scan(args, number, part):
+    """Load and scan one part of a split, or the folder `part` (its train/, if any) -> Split"""
+    if args.dataset == "toy":
+        make_toy(args.data)
+    if part in ("train", "test"):
+        split = load_split(args.dataset, args.data, args.annotations, number, part)
+        check_failed(scan(split, args.index, args.workers))
+    else:
+        split = scan(load_split("folder", part), args.index, args.workers)
+        split.title = part
+    return split
 
 
-# ---- The index: what a scan of the files found ----
-
-def default_index(root):
-    """Where the index of a data set is remembered: the user's cache, since the data set may not be writable."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        raise ValueError("this user has no home folder to keep the index in: give a file, --index FILE") from None
-    return cache / "time-equivariance" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
-
-
-def scan(split: Split, index=None, workers: int = 1, progress: bool = True) -> dict:
-    """Count the frames of every video of a split by decoding it once; remember them in the JSON file `index`.
-
-    An entry holds as long as `stamp` of its file; a lost index, or half of one, is only made anew.
-    -> {path: (frames, height, width, problem, packets)} for the files found, as `examine` finds them.
-    ValueError: too many files are missing (MAX_BAD), or all; `index` is another file, or cannot be written.
-    """
-    refuse_missing(split)
-    index = Path(index or default_index(split.root))
-    known = read_index(index)
-    stamps = {path: stamp(file) for path, file in split.found.items()}
-    todo = [path for path in split.found if path not in known or known[path][0] != stamps[path]]
-    if todo:
-        write_index(index, known)                                               # rather than fail after hours
-    saved = time.monotonic()
-    files = [str(split.found[path]) for path in todo]
-    # Decoding releases Python's lock, so threads are enough.
-    # Closing the results cancels what is left when the scan is interrupted.
-    with ThreadPoolExecutor(workers) as pool, closing(pool.map(examine, files)) as results:
-        bar = tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not progress or not todo)
-        for path, result in zip(todo, bar):
-            known[path] = [stamps[path], *result]
-            if time.monotonic() - saved > 60:                                   # a killed scan goes on where it was
-                write_index(index, known)
-                saved = time.monotonic()
-    if todo:
-        write_index(index, known)
-    return {path: tuple(known[path][1:]) for path in split.found}
+def check_failed(split):
+    """UserError: more than MAX_BAD of the videos are missing or undecodable, or there are none."""
+    if not split.paths:
+        raise UserError(f"{split.title}: no videos in {split.root}")
+    if len(split.failed) > MAX_BAD * len(split.paths):
+        raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
+                        f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
+                        f"{listed(split.failed)}")
 
 
-def refuse_missing(split):
-    """ValueError where no video of a split is there, or more than MAX_BAD are missing."""
-    total, missing = len(split.paths), split.missing
-    if split.found and len(missing) <= MAX_BAD * total:
-        return
-    wanted = f"{total} listed videos" if total else "videos"
-    said = [f"{split.title}: looked for {wanted} in {split.root}, found {len(split.found)}"]
-    if missing:
-        said.append(f"the first missing: {', '.join(missing[:3])}")
-    raise ValueError("; ".join(said + list(split.notes)))
+def listed(failed):
+    """Format the first ten of {path: reason}."""
+    names = [f"{path} ({reason})" for path, reason in failed.items()]
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
-def read_index(file):
-    """-> {path: entry}, what `scan` wrote; {} where nothing is, or a part of it. ValueError: it is another file."""
-    try:
-        text = file.read_text(errors="replace") if file.is_file() else ""
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}; give another --index") from None
-    text = text.strip("\0")                                                     # a machine that lost power leaves these
-    try:
-        known = json.loads(text or "{}")
-    except ValueError:
-        known = {} if text.startswith("{") else None                            # half an index, where a disk was full
-    if not isinstance(known, dict) or not all(isinstance(entry, list) for entry in known.values()):
-        raise ValueError(f"{file} is no index of a scan, which would be written over it: give another --index")
-    return {path: entry for path, entry in known.items() if len(entry) == 6}
-
-
-def write_index(file, known):
-    try:
-        write_json(file, known)
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror}; give another --index") from None
-
-
-def unreadable(split, index):
-    """{path: problem} of the videos that are not there or give not one frame."""
-    bad = {}
-    for path in split.paths:
-        frames, _, _, problem, _ = index.get(path, (0, 0, 0, "not found", ""))
-        if frames == 0:
-            bad[path] = problem
-    return bad
-
-
-def usable(split, index, T=16):
-    """Which videos of a split can be trained on, and a report of the others in words -> list of paths, str.
+def usable(split, T=16):
+    """Select the videos for training -> their paths, a report that names the failed ones.
 
     # paper silent: videos of fewer than T frames are left out of pre-training.
-    ValueError: more than MAX_BAD of the videos are missing or unreadable, or too few are left.
     """
-    good, bad, short = [], [], []
-    for path in split.paths:
-        frames, _, _, problem, _ = index.get(path, (0, 0, 0, "", ""))
-        if frames >= T:
-            good.append(path)
-        elif problem:
-            bad.append(f"{path} ({problem})")
-        elif path in index:
-            short.append(path)
+    good = [path for path in split.paths if path in split.shapes and split.shapes[path][0] >= T]
     published = f" (published: {PUBLISHED[split.title]})" if split.title in PUBLISHED else ""
     report = f"{split.title}: {len(split.paths)} videos{published}, {len(good)} usable"
-    for what, names in (("missing", split.missing), ("unreadable", bad), (f"shorter than {T} frames", short)):
-        if names:
-            report += f"; {len(names)} {what}: {first(names)}"
-    if len(split.missing) + len(bad) > MAX_BAD * len(split.paths) or len(good) < 2:
-        raise ValueError(f"{report}; too few to train on (at most {MAX_BAD:.0%} may be missing or unreadable)")
+    if split.failed:
+        report += f"; {len(split.failed)} failed: {listed(split.failed)}"
+    short = len(split.paths) - len(good) - len(split.failed)
+    if short:
+        report += f"; {short} shorter than {T} frames"
     return good, report
 
 
-# ---- What the stages call ----
-
-def any_videos(folder):
-    """All videos below a folder, in whatever order of folders, without labels -> Split."""
-    _, files, bad = list_tree(Path(folder))
-    paths = [path for path in files if is_video(path)]
-    found = {path: Path(folder) / path for path in paths}
-    return Split(str(folder), Path(folder), paths, [None] * len(paths), [], found, [], tuple(unread(folder, bad)))
-
-
-def scan_folder(folder, args):
-    """All videos below a folder, for --predict -> Split, what `scan` finds."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder} (--predict)")
-    return scan_with_notes(any_videos(folder), args)
-
-
-def list_and_scan(args, number, part):
-    """One part of an official split, or the folder `part` of one's own videos -> Split, what `scan` finds."""
-    if part in ("train", "test"):
-        if args.dataset == "toy":
-            make_toy(args.data)
-        split = load_split(args.dataset, args.data, args.annotations, number, part)
-    elif Path(part).is_dir():
-        split = replace(load_split("folder", part), title=part)
-    else:
-        raise ValueError(f"there is no folder {part}; a gallery or query is train, test or a folder of videos")
-    return scan_with_notes(split, args)
-
-
-def scan_with_notes(split, args):
-    """Say what one should know of a split, and scan it -> Split, what `scan` finds."""
-    for note in split.notes:
-        print(f"{split.title}: {note}", file=sys.stderr)
-    return split, scan(split, args.index, max(1, args.workers))
-
-
-def check_parts(train, test):
-    """ValueError where there can be no test result: videos without labels, or test videos that were trained on."""
+def check_test(train, test):
+    """UserError: the videos have no labels, or training and test have videos in common."""
+    hint = "own videos lie in train/CLASS/ and val/CLASS/ below --data"
     if not train.classes:
-        said = [f"{train.title} has no labels to learn ({OWN_LABELS})"]
-        raise ValueError("; ".join(said + list(train.notes)))
-    check_apart(train, test)
-
-
-def check_apart(train, test):
-    """ValueError: lists of training and test videos share files, by whatever names and links."""
-    both = set(real_files(train.found.values())) & set(real_files(test.found.values()))
+        raise UserError(f"{train.title} has no labels to learn ({hint})")
+    both = set(train.files.values()) & set(test.files.values())
     if both:
-        raise ValueError(f"{train.title}: {len(both)} of {len(test.paths)} test videos are training videos too, the "
-                         f"first: {min(both)} ({OWN_LABELS})")
+        raise UserError(f"{len(both)} test videos are also training videos, "
+                        f"the first: {min(both)} ({hint})")
+
+
+def sources(dataset, paths):
+    """Recording of each clip -> list of str. Cross-validation keeps the clips of one together.
+
+    UCF101: the group of a class; HMDB51, Diving48: the original video; others: the video itself.
+    """
+    matches = [re.fullmatch(SOURCE.get(dataset, "(.*)"), path, re.DOTALL) for path in paths]
+    return [match[1] if match else path for match, path in zip(matches, paths)]
+
+
+# ---- The scan ----
+
+def scan(split: Split, index=None, workers: int = 1) -> Split:
+    """Decode each video once, to fill in split.shapes and split.failed.
+
+    index: JSON file that caches {path: [[size, mtime], frames, height, width, reason]}. An entry is
+           valid while the size and modification time of the video are unchanged.
+    """
+    index = Path(index or default_index(split.root))
+    entries = json.loads(index.read_text()) if index.exists() else {}
+    stats = {path: file.stat() for path, file in split.files.items() if file.exists()}
+    fingerprints = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    todo = [path for path in split.files
+            if path not in entries or entries[path][0] != fingerprints.get(path)
+            or entries[path][4]]                                # an error may not last
+    saved = time.monotonic()
+    # Decoding releases the GIL, so threads suffice. Closing the results cancels what is pending.
+    with ThreadPoolExecutor(max(1, workers)) as pool, \
+            closing(pool.map(probe, [str(split.files[path]) for path in todo])) as results, \
+            tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not todo) as bar:
+        for path, result in zip(todo, bar):
+            entries[path] = [fingerprints.get(path), *result]
+            if time.monotonic() - saved > 60:
+                write_text(index, json.dumps(entries))
+                saved = time.monotonic()
+    if todo:
+        write_text(index, json.dumps(entries))
+
+    for path in split.files:
+        _, frames, height, width, reason = entries[path]
+        if frames:
+            split.shapes[path] = frames, height, width
+        else:
+            split.failed[path] = reason
+    return split
+
+
+def default_index(root):
+    """Default cache file of a scan, in the user's cache folder, since the data may be read-only."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    return cache / "time-equivariance" / f"{name}.json"
