@@ -1,9 +1,8 @@
-"""Tests run from any folder, on the modules above this one, with a cache of their own and a thread a process.
+"""Set up the tests: modules of the folder above, a cache of their own, one thread per process.
 
-What tests of two files or more need is here too, to be imported: `from conftest import ROOT`.
+Helpers that several test files use are here too: `from conftest import ROOT`.
 """
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -24,34 +23,36 @@ from sklearn.svm import LinearSVC
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"                                                 # real videos and lists; may be missing
+SHARED = ROOT.parent / "shared"                             # real videos and lists; may be missing
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import finetune
 import linear_probe
 import pretrain
 import retrieval
-from common import processes
-from common.judging import average_crops
+from common import distributed
+from common.evaluation import average_crops
 from models import new_backbone
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-SHARP = dict(flags="+qscale", global_quality="236")                             # mpeg4's options for few artefacts
+SHARP = dict(flags="+qscale", global_quality="236")         # mpeg4's options for few artefacts
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"                                             # for the processes that tests start
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                                         # tests compare bit for bit, on CPUs
+signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored in background jobs
+os.environ["OMP_NUM_THREADS"] = "1"                         # for the processes that tests start
+if not any("test_cuda" in word for word in sys.argv):       # `pytest tests/test_cuda.py` uses a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # others compare bit for bit, on CPUs
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Indexes of data sets go to a folder of this run, not to the user's."""
+    """Write the scans of data sets to a folder of this run, not to the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real videos and annotation files; tests that need it are skipped, visibly, where it is not."""
+    """The folder of real videos and annotation files; skips the test where it is missing."""
     if not (SHARED / "videos").is_dir():
         pytest.skip(f"{SHARED} is not here")
     return SHARED
@@ -60,7 +61,10 @@ def shared():
 # ---- Files ----
 
 def write_video(path, pictures, codec="mpeg4", stamps=None, **options):
-    """Encode uint8 (H, W, 3) pictures; stamps: the time stamp of each, in frames; options: the encoder's -> path."""
+    """Encode uint8 (H, W, 3) pictures -> path
+
+    stamps: the time stamp of each, in frames; options: the encoder's.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(os.fspath(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
@@ -74,50 +78,27 @@ def write_video(path, pictures, codec="mpeg4", stamps=None, **options):
     return path
 
 
-def numbered(frames):
-    """Pictures that show their number: eight bits, eight black or white columns, (48, 64, 3) each."""
+def numbered_frames(frames):
+    """Frames that show their number in eight black or white columns, one a bit -> [(48, 64, 3)]"""
     rows = [np.unpackbits(np.uint8([n])).repeat(8) * np.uint8(255) for n in range(frames)]
     return [np.broadcast_to(row[None, :, None], (48, 64, 3)) for row in rows]
 
 
 def drifting(frames, seed=0, axis=0, side=32):
-    """A random texture that drifts, a pixel a frame, down (axis 0) or across (axis 1) -> uint8 (N, side, side, 3)."""
+    """A random texture that moves a pixel a frame, down (axis 0) or across (axis 1)
+
+    -> uint8 (frames, side, side, 3)
+    """
     texture = np.random.default_rng(seed).integers(0, 256, (side // 4, side // 4, 3), np.uint8)
     texture = texture.repeat(4, 0).repeat(4, 1)
     return np.stack([np.roll(texture, n, axis) for n in range(frames)])
 
 
-def touch(root, *names, text=""):
-    """Files of that text, byte for byte, in folders that may have to be made -> root."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, newline="")
-    return root
-
-
-def ucf(root, lines, classes=("Run", "HandstandPushups"), end="\n"):
-    """A UCF101 of one's own: lists in root/ucfTrainTestlist, videos (if any) in root/UCF-101 -> the latter."""
-    for name, rows in (("classInd", [f"{k} {name}" for k, name in enumerate(classes, 1)]), ("trainlist01", lines)):
-        touch(root, "UCF-101/readme.txt", f"ucfTrainTestlist/{name}.txt", text="")
-        (root / f"ucfTrainTestlist/{name}.txt").write_bytes("".join(row + end for row in rows).encode())
-    return root / "UCF-101"
-
-
-def forbid(monkeypatch, name, *folders):
-    """os.NAME of these folders is not permitted (to root, who runs tests, all is)."""
-    real = getattr(os, name)
-
-    def forbidden(folder):
-        if os.path.realpath(folder) in map(os.path.realpath, folders):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-        return real(folder)
-    monkeypatch.setattr(os, name, forbidden)
-
-
 def write_lists(folder, classes, **lists):
-    """Lists in UCF101's layout: classInd.txt of the classes, and NAME.txt of each NAME=[line, ...] -> their folder."""
+    """Write classInd.txt of the classes and NAME.txt of each NAME=[line, ...] -> folder"""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (dict(classInd=[f"{k} {cls}" for k, cls in enumerate(classes, 1)]) | lists).items():
+    index = [f"{k} {name}" for k, name in enumerate(classes, 1)]
+    for name, rows in (dict(classInd=index) | lists).items():
         (folder / f"{name}.txt").write_text("".join(f"{row}\n" for row in rows))
     return folder
 
@@ -127,10 +108,11 @@ LENGTHS = {f"{'walk' if k % 2 else 'run'}/{k:02d}.avi": 20 + 3 * k for k in rang
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """Thirteen tiny videos of LENGTHS in two class folders, and a file that is none; to be read only."""
+    """Thirteen tiny videos of LENGTHS and two other files, in two class folders; read-only."""
     root = tmp_path_factory.mktemp("data") / "videos"
     for path, length in LENGTHS.items():
-        write_video(root / path, [picture[::2, ::2] + np.uint8(16) for picture in numbered(length)])
+        frames = [frame[::2, ::2] + np.uint8(16) for frame in numbered_frames(length)]
+        write_video(root / path, frames)
     for folder in ("run", "walk"):
         (root / folder / "readme.txt").write_text("")
     return root
@@ -139,18 +121,18 @@ def videos(tmp_path_factory):
 # ---- A small world, and runs of pretrain.py in it ----
 
 CLASSES = ("Down", "Across")
-STEPS = 9                                                                       # 3 epochs of 24 videos in batches of 8
+STEPS = 9                                                   # 3 epochs of 24 videos in batches of 8
 
 
 def listed(n):
-    """The n-th video's line in the lists of `world`."""
+    """The path of the n-th video of `world`."""
     cls = CLASSES[n % 2]
     return f"{cls}/v_{cls}_g{n // 2 + 1:02d}_c01.avi"
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """24 training and 6 test videos of two classes, in UCF101's layout; to be read only."""
+    """24 training and 6 test videos of two classes, in UCF101's layout; read-only."""
     root = tmp_path_factory.mktemp("world")
     paths = [listed(n) for n in range(30)]
     for n, path in enumerate(paths):
@@ -160,51 +142,57 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def copy_of_world(world, tmp_path):
-    """The same, to be changed."""
+    """The same, to be changed by the test."""
     return shutil.copytree(world, tmp_path / "copy")
 
 
 def words(world, out, *more):
-    """The command line of a small pre-training."""
+    """The arguments of a small pre-training."""
     return [str(word) for word in (
-        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out, "--arch",
-        "r3d18_narrow", "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1, "--lr",
-        1e-3, "--log-every", 1, "--save-every", 0, "--workers", 0, "--amp", "off", *more)]
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out,
+        "--arch", "r3d18_narrow", "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3,
+        "--warmup-epochs", 1, "--lr", 1e-3, "--log-every", 1, "--save-every", 0, "--workers", 0,
+        "--amp", "off", *more)]
 
 
-def judging(script, world, whole, out, *more):
-    """The command line of a judging script."""
+def evaluation_words(script, world, whole, out, *more):
+    """The arguments of an evaluation of `whole`'s backbone on `world`."""
     crops = ("--crops", "centre") if script == "finetune" else ()
     return [str(word) for word in (
-        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out, "--checkpoint",
-        whole / "backbone.pt", "--windows", 1, "--workers", 0, "--amp", "off", *crops, *more)]
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out,
+        "--checkpoint", whole / "backbone.pt", "--windows", 1, "--workers", 0, "--amp", "off",
+        *crops, *more)]
 
 
 def train(world, out, *more):
     """A small pre-training in this process -> its checkpoint."""
     pretrain.main(words(world, out, *more))
-    return stored(out)
+    return load_checkpoint(out)
 
 
-def stored(out):
+def load_checkpoint(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-def lines(out, key="loss"):
-    """The lines of a run's log that have that key; those of steps have a loss."""
-    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
+def read_rows(file):
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def log_lines(out):
+    return read_rows(out / "log.jsonl")
 
 
 @pytest.fixture(scope="session")
 def whole(world, tmp_path_factory):
-    """The folder of a run that nothing interrupts; to be read only."""
+    """The folder of an uninterrupted run; read-only."""
     out = tmp_path_factory.mktemp("whole")
     train(world, out)
     return out
 
 
 def after_step(n, action):
-    """When the optimiser has taken this process's n-th step from now on, action() happens -> handle, to remove it."""
+    """Call action() after the optimiser's n-th step from now on -> handle, to remove it"""
     taken = []
 
     def count(*_):
@@ -216,7 +204,7 @@ def after_step(n, action):
 
 @pytest.fixture
 def at_step():
-    """at_step(n, action): the same, for one test."""
+    """at_step(n, action): `after_step` for one test."""
     handles = []
     yield lambda n, action: handles.append(after_step(n, action))
     for handle in handles:
@@ -225,69 +213,74 @@ def at_step():
 
 @pytest.fixture(autouse=True)
 def signals():
-    """What a run in this process does to the signals' handlers is undone."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    """Restore the signal handlers after each test."""
+    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def fails(main, argv):
-    """The sentence with which main ends where processes.run calls it; "2" where argparse has said it."""
-    with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
+    """The sentence in which main ends under `distributed.run`; "2" where argparse printed it."""
+    with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["SCRIPT", *map(str, argv)])
-        processes.run(lambda: main([str(word) for word in argv]))
-    said = str(left.value.code)
-    assert said not in ("0", "None") and "Traceback" not in said and "\n" not in said
-    return said
+        distributed.run(lambda: main([str(word) for word in argv]))
+    message = str(exit.value.code)
+    assert message not in ("0", "None") and "\n" not in message
+    return message
 
 
-# ---- A tiny set of 27 videos with two official splits, and the judges on it ----
+# ---- A tiny set of 27 videos with two official splits, and evaluations of it ----
 
 TINY_CLASSES = ("Bend", "Climb", "Dive")
-TINY_LISTS = {1: {"train": ("08", "09", "10"), "test": ("01",)}, 2: {"train": ("01", "09", "10"), "test": ("08",)}}
-TINY_CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}                               # 9 videos a class, of 4 groups
+TINY_LISTS = {1: {"train": ("08", "09", "10"), "test": ("01",)},
+              2: {"train": ("01", "09", "10"), "test": ("08",)}}
+TINY_CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}           # 9 videos a class, of 4 groups
 
 
 def noisy(seed, hue):
-    """24 frames of a noisy texture that drifts; hue: which colour is somewhat brighter than it would be."""
+    """24 frames of a noisy texture that moves; hue: the channel that is somewhat brighter."""
     rng = np.random.default_rng(seed)
     texture, shift = rng.integers(0, 140, (32, 48, 3)) + rng.integers(0, 90, 3), rng.integers(1, 4)
-    texture[..., hue] += 25                                                     # some are told right, some wrong
+    texture[..., hue] += 25                                 # some are classified right, some wrong
     return np.stack([np.roll(texture, shift * n, axis=1) for n in range(24)]).astype(np.uint8)
 
 
 def official(number, part):
-    """The names that the lists of `tiny` give."""
+    """The paths in the lists of `tiny`."""
     return [f"{name}/v_{name}_g{group}_c{clip + 1:02d}.avi" for name in TINY_CLASSES
             for group in TINY_LISTS[number][part] for clip in range(TINY_CLIPS[group])]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """27 videos and two splits in UCF101's layout; to be read only."""
+    """27 videos and two splits in UCF101's layout; read-only."""
     root = tmp_path_factory.mktemp("tiny")
     write_lists(root / "ucfTrainTestlist", TINY_CLASSES, **{
-        f"{part}list{number:02d}": official(number, part) for number in TINY_LISTS for part in ("train", "test")})
+        f"{part}list{number:02d}": official(number, part)
+        for number in TINY_LISTS for part in ("train", "test")})
     for seed, path in enumerate(official(1, "train") + official(1, "test")):
-        write_video(root / "UCF-101" / path, noisy(seed, TINY_CLASSES.index(path.split("/")[0])), **SHARP)
+        hue = TINY_CLASSES.index(path.split("/")[0])
+        write_video(root / "UCF-101" / path, noisy(seed, hue), **SHARP)
     return root
 
 
 @pytest.fixture
 def tiny_copy(tiny, tmp_path):
-    """The tiny set, to be changed."""
+    """The tiny set, to be changed by the test."""
     return shutil.copytree(tiny, tmp_path / "copy")
 
 
 def save_backbone(path, seed):
-    """What pretrain.py writes, with weights and BatchNorm statistics drawn at random."""
+    """Write a backbone.pt with random weights and BatchNorm statistics -> path"""
     torch.manual_seed(seed)
     net = new_backbone("r3d18_narrow")
     for name, value in net.state_dict().items():
         if value.is_floating_point():
             value.mul_(1 + 0.2 * torch.rand_like(value))
-    torch.save(dict(arch=net.arch, backbone=net.state_dict(), args=dict(frames=4, size=16, lr=1e-3)), path)
+    args = dict(frames=4, size=16, lr=1e-3)
+    torch.save(dict(arch=net.arch, backbone=net.state_dict(), args=args), path)
     return path
 
 
@@ -296,38 +289,44 @@ def checkpoint(tmp_path_factory):
     return save_backbone(tmp_path_factory.mktemp("checkpoint") / "backbone.pt", 5)
 
 
-def judge_words(root, checkpoint, out, *more):
-    """A command line."""
-    return [str(word) for word in ("--dataset", "ucf101", "--data", root / "UCF-101", "--checkpoint", checkpoint,
-                                   "--windows", 2, "--step", 2, "--workers", 0, "--amp", "off", "--out", out, *more)]
+def tiny_words(root, checkpoint, out, *more):
+    """The arguments of an evaluation on `tiny`."""
+    return [str(word) for word in (
+        "--dataset", "ucf101", "--data", root / "UCF-101", "--checkpoint", checkpoint, "--windows",
+        2, "--step", 2, "--workers", 0, "--amp", "off", "--out", out, *more)]
 
 
-def strict(file):
-    """A result file; NaN and Infinity are no JSON."""
-    return json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {file}"))
+def read_json(file):
+    """Read a result file; NaN and Infinity are no JSON."""
+    def refuse(word):
+        pytest.fail(f"{word} in {file}")
+    return json.loads(file.read_text(), parse_constant=refuse)
 
 
 def probe(root, checkpoint, out, *more):
-    linear_probe.main(judge_words(root, checkpoint, out, *more))
-    return strict(out / "linear_probe-ucf101.json")
+    linear_probe.main(tiny_words(root, checkpoint, out, *more))
+    return read_json(out / "linear_probe-ucf101.json")
 
 
 def retrieve(root, checkpoint, out, *more):
-    """-> result, the arrays of --features."""
-    retrieval.main(judge_words(root, checkpoint, out, "--features", out / "found.npz", "--k", 1, 5, 10, *more))
-    return strict(next(out.glob("retrieval-*.json"))), dict(np.load(out / "found.npz"))
+    """-> result, the arrays of --features"""
+    features = out / "features.npz"
+    retrieval.main(tiny_words(
+        root, checkpoint, out, "--features", features, "--k", 1, 5, 10, *more))
+    return read_json(next(out.glob("retrieval-*.json"))), dict(np.load(features))
 
 
 def tune(root, checkpoint, out, *more):
-    finetune.main(judge_words(root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr",
-                              1e-3, "--crops", "centre", *more))
-    return strict(out / "finetune-ucf101-2x.json")
+    finetune.main(tiny_words(
+        root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3,
+        "--crops", "centre", *more))
+    return read_json(out / "finetune-ucf101-2x.json")
 
 
 @pytest.fixture(scope="session")
-def found(tiny, checkpoint, tmp_path_factory):
-    """Features and results of retrieval on split 1."""
-    return retrieve(tiny, checkpoint, tmp_path_factory.mktemp("found"))
+def retrieved(tiny, checkpoint, tmp_path_factory):
+    """Retrieval on split 1 -> result, the arrays of --features"""
+    return retrieve(tiny, checkpoint, tmp_path_factory.mktemp("retrieved"))
 
 
 @pytest.fixture(scope="session")
@@ -337,16 +336,16 @@ def probed(tiny, checkpoint, tmp_path_factory):
 
 def by_path(arrays):
     """{path: feature} of gallery and query."""
-    return {path: x for side in ("gallery", "query") for path, x in zip(arrays[f"{side}_paths"].tolist(),
-                                                                        arrays[f"{side}_features"])}
+    return {path: x for side in ("gallery", "query")
+            for path, x in zip(arrays[f"{side}_paths"].tolist(), arrays[f"{side}_features"])}
 
 
 def by_hand(arrays, C=1e-3):
-    """{test path: is the prediction right} of scikit-learn's linear SVM, called step by step on retrieval's arrays."""
+    """scikit-learn's linear SVM, step by step, on retrieval's arrays -> {test path: is it right}"""
     scaler = StandardScaler().fit(arrays["gallery_features"])
-    svm = LinearSVC(C=C, random_state=0, max_iter=10000).fit(scaler.transform(arrays["gallery_features"]),
-                                                             arrays["gallery_classes"])
-    right = svm.predict(scaler.transform(arrays["query_features"])) == arrays["query_classes"]
+    x, test_x = (scaler.transform(arrays[f"{side}_features"]) for side in ("gallery", "query"))
+    svm = LinearSVC(C=C, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
+    right = svm.predict(test_x) == arrays["query_classes"]
     return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
 
 
@@ -359,8 +358,8 @@ def own(tiny, tmp_path):
     return tmp_path / "own"
 
 
-def spied(monkeypatch):
-    """The predictions of the fine-tuning tests to come: a list that grows."""
+def spy_predictions(monkeypatch):
+    """A list to which each test of fine-tuning appends its predictions."""
     scores = []
 
     def spy(*args, **kwargs):
@@ -374,8 +373,27 @@ def spied(monkeypatch):
 
 # ---- Processes ----
 
+def wrapped_pretrain(folder, step, action):
+    """Write a pretrain.py that runs the Python statement `action` after a step -> its path"""
+    path = folder / "wrapped_pretrain.py"
+    path.write_text(f"""
+import os, pathlib, signal, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+from conftest import after_step
+import pretrain
+from common.distributed import run
+
+def action():
+    {action}
+
+after_step({step}, action)
+run(lambda: pretrain.main(sys.argv[1:]))
+""")
+    return path
+
+
 def run_python(*argv, cwd):
-    """Run a Python that finds the project's modules -> its stdout; fail where it fails."""
+    """Run Python with the project's modules; it must succeed -> its stdout"""
     done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -390,22 +408,22 @@ def wait_until(condition, process):
 
 
 def free_port():
-    """A port of this machine that nobody listens to."""
+    """A port of this machine on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 @contextlib.contextmanager
 def forkserver():
-    """Where processes of their own are started: the modules are imported once for all of them -> their context."""
+    """A multiprocessing context whose processes share one import of the modules."""
     multiprocessing.set_forkserver_preload(["pretrain"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)                                                       # the server imports from there
+        patch.chdir(ROOT)                                   # the server imports from there
         yield multiprocessing.get_context("forkserver")
 
 
 def start(target, *args):
-    """A process of its own that calls target(*args)."""
+    """Call target(*args) in a process of its own -> the process"""
     with forkserver() as context:
         process = context.Process(target=target, args=args)
         process.start()
@@ -413,14 +431,15 @@ def start(target, *args):
 
 
 def as_rank(rank, count, port, target, *args):
-    """target(rank, *args), as torchrun would start it."""
+    """Call target(rank, *args) as torchrun would start it."""
     torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
     target(rank, *args)
 
 
 def together(count, target, *args):
-    """target(rank, *args) in each of several processes -> their exit statuses."""
+    """Call target(rank, *args) in each of several processes -> their exit statuses"""
     port = free_port()
     running = [start(as_rank, rank, count, port, target, *args) for rank in range(count)]
     for process in running:

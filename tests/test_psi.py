@@ -1,11 +1,10 @@
-"""tools/psi.py: what ψ tells apart, against planted ψ and a double loop, and the ψ that a checkpoint holds."""
-import json
+"""tools/psi.py: its statistics against planted ψ and a double loop, and the ψ of a checkpoint."""
 import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from conftest import fails, read_json
 from PIL import Image
 
 import data
@@ -15,7 +14,7 @@ from tools import psi
 SPEEDS = [1, 2, 4]
 
 
-def drawn(groups, seed):
+def draw_labels(groups, seed):
     """Labels of groups of two of 20 videos, as data.Pairs has them."""
     rng, rows = random.Random(seed), []
     for _ in range(groups):
@@ -26,160 +25,142 @@ def drawn(groups, seed):
 
 
 def planted(labels):
-    """A ψ that is a function of the relative transformation alone, and near where that is near."""
+    """A ψ that is a smooth function of the relative transformation alone."""
     shift = (labels["start"][:, 1] - labels["start"][:, 0]) / 80
-    parts = [2 * labels["direction"] - 1, labels["speed"] - 1, shift[:, None], torch.ones(len(shift), 1)]
+    ones = torch.ones(len(shift), 1)
+    parts = [2 * labels["direction"] - 1, labels["speed"] - 1, shift[:, None], ones]
     return torch.cat([part.float() for part in parts], dim=1)
 
 
+def noise(rows, columns):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+# ---- Statistics ----
+
 def test_a_psi_that_is_the_transformation_gives_the_diagonal_and_falling_curves():
-    labels = drawn(150, 0)
-    found = psi.tell_apart(planted(labels), labels, SPEEDS, T=4)
-    assert found["partner"]["share"] == 1 and found["partner"]["chance"] < 0.05
-    for name, kinds in found["kinds"].items():
-        assert kinds["share"] == 1 and kinds["chance"] < 0.6
-        assert all(row is None or row[k] == 1 for k, row in enumerate(kinds["matrix"])), name
-    for curve in found["curves"].values():
+    labels = draw_labels(150, 0)
+    result = psi.statistics(planted(labels), labels, SPEEDS, T=4)
+    assert result["pq"]["accuracy"] == 1 and result["pq"]["chance"] < 0.05
+    for kind in result["kinds"].values():
+        assert kind["accuracy"] == 1 and kind["chance"] < 0.6
+        assert all(row[k] == 1 or not any(row) for k, row in enumerate(kind["matrix"]))
+    for curve in result["curves"].values():
         cosines = [step["cosine"] for step in curve]
-        assert len(cosines) > 2 and cosines == sorted(cosines, reverse=True) and cosines[0] > cosines[-1] + 0.05
+        assert len(cosines) > 2 and cosines == sorted(cosines, reverse=True)
+        assert cosines[0] > cosines[-1] + 0.05
 
 
-def test_a_psi_that_knows_nothing_is_at_chance_and_its_curves_are_flat():
-    labels = drawn(600, 1)
-    found = psi.tell_apart(torch.randn(1200, 64, generator=torch.Generator().manual_seed(0)), labels, SPEEDS, T=4)
-    for part in (found["partner"], *found["kinds"].values()):
-        assert part["share"] == pytest.approx(part["chance"], abs=0.04)
-    steps = [step for curve in found["curves"].values() for step in curve if step["pairs"] > 100]
+def test_a_random_psi_is_at_chance_and_its_curves_are_flat():
+    result = psi.statistics(noise(1200, 64), draw_labels(600, 1), SPEEDS, T=4)
+    for part in (result["pq"], *result["kinds"].values()):
+        assert part["accuracy"] == pytest.approx(part["chance"], abs=0.04)
+    steps = [step for curve in result["curves"].values() for step in curve if step["pairs"] > 100]
     assert len(steps) > 10 and all(abs(step["cosine"]) < 0.05 for step in steps)
 
 
-def similar(a, b):
+def steps_of(a, b):
     """{curve: step} to which two rows of labels, of different videos, contribute."""
     shift = abs(a["start"][1] - a["start"][0] - b["start"][1] + b["start"][0])
-    speed = sum(abs(x - y) for x, y in zip(a["speed"], b["speed"]))             # classes of 1, 2, 4: octaves
-    turned = sum(x != y for x, y in zip(a["direction"], b["direction"]))
+    octaves = sum(abs(x - y) for x, y in zip(a["speed"], b["speed"]))       # classes of 1, 2, 4
+    turns = sum(x != y for x, y in zip(a["direction"], b["direction"]))
     steps = {}
-    if speed == turned == 0:
+    if octaves == turns == 0:
         steps["shift"] = next(x for x in (0, 1, 2, 4, 8, 16, 32, 64, 128) if shift <= x)
-    if shift <= 4 and turned == 0:
-        steps["speed"] = speed
-    if shift <= 4 and speed == 0:
-        steps["direction"] = turned
+    if shift <= 4 and turns == 0:
+        steps["speed"] = octaves
+    if shift <= 4 and octaves == 0:
+        steps["direction"] = turns
     return steps
 
 
 def by_loops(unit, rows):
-    """Cosines of each (curve, step), each anchor's nearest, and how often a random other video's has the same pq."""
-    steps, nearest, chances = {}, [], []
+    """Cosines of each (curve, step), each anchor's nearest, and the chance of the same pq."""
+    cosines, nearest, chances = {}, [], []
     for n, a in enumerate(rows):
         others = [m for m, b in enumerate(rows) if b["video"] != a["video"]]
         nearest.append(max(others, key=lambda m: float(unit[n] @ unit[m])))
         chances.append(np.mean([rows[m]["pq"] == a["pq"] for m in others]))
         for m in others:
-            for step in similar(a, rows[m]).items():
+            for step in steps_of(a, rows[m]).items():
                 if n < m:
-                    steps.setdefault(step, []).append(float(unit[n] @ unit[m]))
-    return steps, nearest, np.mean(chances)
+                    cosines.setdefault(step, []).append(float(unit[n] @ unit[m]))
+    return cosines, nearest, np.mean(chances)
 
 
-def test_what_psi_tells_apart_equals_a_double_loop():
-    labels = drawn(40, 2)
-    x = planted(labels) + torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+def test_the_statistics_equal_a_double_loop():
+    labels = draw_labels(40, 2)
+    x = planted(labels) + noise(80, 6)
     rows = [{name: value[n].tolist() for name, value in labels.items()} for n in range(80)]
-    steps, nearest, chance = by_loops((x / x.norm(dim=1, keepdim=True)).double(), rows)
-    found = psi.tell_apart(x, labels, SPEEDS, T=4)
-    seen = {(name, step["up_to"]): step for name, curve in found["curves"].items() for step in curve}
-    assert seen.keys() == steps.keys() and all(seen[key]["pairs"] == len(x) for key, x in steps.items())
-    assert all(seen[key]["cosine"] == pytest.approx(np.mean(x), abs=1e-6) for key, x in steps.items())
+    cosines, nearest, chance = by_loops((x / x.norm(dim=1, keepdim=True)).double(), rows)
+    result = psi.statistics(x, labels, SPEEDS, T=4)
+
+    steps = {(name, step["up_to"]): step for name, curve in result["curves"].items()
+             for step in curve}
+    assert steps.keys() == cosines.keys()
+    for key, values in cosines.items():
+        assert steps[key]["pairs"] == len(values)
+        assert steps[key]["cosine"] == pytest.approx(np.mean(values), abs=1e-6)
     right = [rows[m]["pq"] == rows[n]["pq"] for n, m in enumerate(nearest)]
-    assert found["partner"] == pytest.approx(dict(share=np.mean(right), chance=chance))
+    assert result["pq"] == pytest.approx(dict(accuracy=np.mean(right), chance=chance))
     for name, kind in (("speed", lambda row: 3 * row["speed"][0] + row["speed"][1]),
                        ("direction", lambda row: 2 * row["direction"][0] + row["direction"][1]),
                        ("order", lambda row: row["order"])):
-        for k, line in enumerate(found["kinds"][name]["matrix"]):
-            of = [kind(rows[m]) for n, m in enumerate(nearest) if kind(rows[n]) == k]
-            assert line == (pytest.approx([of.count(c) / len(of) for c in range(len(line))]) if of else None)
+        matrix = np.zeros_like(result["kinds"][name]["matrix"])
+        for n, m in enumerate(nearest):
+            matrix[kind(rows[n]), kind(rows[m])] += 1
+        matrix /= matrix.sum(1, keepdims=True).clip(1)
+        assert np.allclose(result["kinds"][name]["matrix"], matrix)
 
 
 # ---- ψ of a checkpoint ----
 
 def save_checkpoint(path, **args):
-    """What pretrain.py writes, as far as judging reads it."""
+    """Write what an evaluation reads of pretrain.py's checkpoint.pt -> path"""
     torch.manual_seed(3)
-    args = dict(arch="r3d18_narrow", losses=["inst", "equi"], speeds=[1, 2], frames=4, size=16) | args
-    torch.save(dict(args=args, model=TimeEquivariant("r3d18_narrow", args["losses"]).state_dict()), path)
+    args = dict(losses=["inst", "equi"], speeds=[1, 2], frames=4, size=16) | args
+    model = TimeEquivariant("r3d18_narrow", args["losses"])
+    for name, value in model.state_dict().items():
+        if "heads" in name and "running_mean" in name:
+            value.normal_()                                     # no batch of clips has these
+    torch.save(dict(args=dict(arch="r3d18_narrow") | args, model=model.state_dict()), path)
     return path
 
 
-def words(world, checkpoint, out, *more):
+def words(world, checkpoint, out):
     return [str(word) for word in (
-        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--workers", 0, "--amp", "off",
-        "--checkpoint", checkpoint, "--out", out, *more)]
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--workers", 0,
+        "--amp", "off", "--checkpoint", checkpoint, "--out", out)]
 
 
-def strict(file):
-    """A result file; NaN and Infinity are no JSON."""
-    return json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {file}"))
-
-
-def test_the_picture_is_drawn_and_its_numbers_stand_beside_it_the_same_each_time(world, tmp_path, monkeypatch, capsys):
+def test_the_picture_and_its_numbers_are_written_and_repeat(world, tmp_path, monkeypatch):
     monkeypatch.setattr(psi, "GROUPS", 30)
     checkpoint = save_checkpoint(tmp_path / "checkpoint.pt")
-    found = []
+    results = []
     for folder in ("a", "b"):
-        psi.main(words(world, checkpoint, tmp_path / folder / "new" / "psi.png"))
-        found.append(strict(tmp_path / folder / "new" / "psi.json"))
-        assert np.asarray(Image.open(tmp_path / folder / "new" / "psi.png")).std() > 10
-    assert found[0]["psi"] == found[1]["psi"] and found[0]["psi"]["checkpoint"] != found[0]["psi"]["random"]
-    assert found[0]["videos"] == 6 and found[0]["pairs"] == 60 and found[0]["replaced"] == {}
-    assert found[0]["checkpoint"]["path"] == str(checkpoint) and len(found[0]["checkpoint"]["sha256"]) == 64
-    assert found[0]["psi"]["checkpoint"]["partner"].keys() == {"share", "chance"}
-    assert found[0]["psi"]["checkpoint"]["kinds"]["speed"]["words"] == ["1x 1x", "1x 2x", "2x 1x", "2x 2x"]
-    said = capsys.readouterr().out
-    assert "The nearest ψ of another video" in said and "ucf101 test split 1: 6 videos" in said
-
-
-def test_a_drawn_curve_is_the_one_that_was_found_and_a_matrix_says_its_numbers():
-    labels = drawn(40, 2)
-    noise = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
-    found = dict(checkpoint=psi.tell_apart(planted(labels) + noise, labels, SPEEDS, T=4),
-                 random=psi.tell_apart(noise, labels, SPEEDS, T=4))
-    figure = psi.draw(found, "title")
-    axes = {place.get_xlabel().split()[2 if "difference" in place.get_xlabel() else 0]: place for place in figure.axes}
-    for number, network in enumerate(found):
-        line = axes["shift,"].lines[number]
-        assert line.get_ydata().tolist() == [step["cosine"] for step in found[network]["curves"]["shift"]]
-    looks = {(line.get_marker(), line.get_linestyle()) for line in axes["shift,"].lines[:2]}
-    assert len(looks) == 2                                                      # told apart without colour, too
-    shares = [100 * share for row in found["checkpoint"]["kinds"]["order"]["matrix"] for share in row]
-    assert [text.get_text() for text in axes["order"].texts] == [f"{share:.0f}" for share in shares if share >= 0.5]
+        psi.main(words(world, checkpoint, tmp_path / folder / "psi.png"))
+        results.append(read_json(tmp_path / folder / "psi.json"))
+        assert np.asarray(Image.open(tmp_path / folder / "psi.png")).std() > 10
+    assert results[0]["psi"] == results[1]["psi"]
+    assert results[0]["psi"]["checkpoint"] != results[0]["psi"]["random"]
+    assert (results[0]["videos"], results[0]["pairs"]) == (6, 60)
+    names = results[0]["psi"]["checkpoint"]["kinds"]["speed"]["names"]
+    assert names == ["1x 1x", "1x 2x", "2x 1x", "2x 2x"]
 
 
 def test_psi_is_the_networks_own_in_eval_mode(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "checkpoint.pt")
-    stored = torch.load(checkpoint, weights_only=True)
-    for name, value in stored["model"].items():
-        if "heads" in name and "running_mean" in name:
-            value.normal_()                                                     # no batch of clips has these
-    torch.save(stored, checkpoint)
-    whole = TimeEquivariant("r3d18_narrow", ["inst", "equi"]).eval()
-    whole.load_state_dict(stored["model"])
+    network = TimeEquivariant("r3d18_narrow", ["inst", "equi"]).eval()
+    network.load_state_dict(torch.load(checkpoint)["model"])
     clips = torch.randn(4, 2, 3, 4, 16, 16)
     with torch.no_grad():
-        found = psi.with_psi(load_backbone(checkpoint), checkpoint)(clips)["psi"]
-        torch.testing.assert_close(found, whole(clips)["psi"])
+        x = psi.with_psi(load_backbone(checkpoint), checkpoint)(clips)["psi"]
+        torch.testing.assert_close(x, network(clips)["psi"])
 
 
 def test_a_checkpoint_without_psi_ends_in_one_sentence(world, whole, tmp_path):
-    broken = save_checkpoint(tmp_path / "broken.pt")
-    stored = torch.load(broken, weights_only=True)
-    del stored["model"]["heads.psi.6.bias"]
-    torch.save(stored, broken)
-    for path, sentence in (
-            (whole / "backbone.pt", "backbone.pt has no psi: it is in checkpoint.pt of pretrain.py only"),
-            ("random", "random has no psi: it is in checkpoint.pt of pretrain.py only"),
-            (save_checkpoint(tmp_path / "inst.pt", losses=["inst"]), "the run that wrote it had no"),
-            (broken, "does not fit the psi of r3d18_narrow, which has 14 tensors: 1 missing (6.bias)")):
-        out = tmp_path / "psi.png"
-        assert sentence in fails(psi.main, words(world, path, out, "--arch", "r3d18_narrow"))
-        assert not out.exists() and not out.with_suffix(".json").exists()
+    without = save_checkpoint(tmp_path / "inst.pt", losses=["inst"])
+    for path in (whole / "backbone.pt", without):
+        message = fails(psi.main, words(world, path, tmp_path / "psi.png"))
+        assert f"{path} has no psi: give checkpoint.pt of a run with the term equi" in message
+        assert not (tmp_path / "psi.png").exists()

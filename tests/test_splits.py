@@ -1,263 +1,326 @@
-"""Which of the listed videos are there, what a scan finds in them, and what is said of the others."""
-import contextlib
-import errno
+"""common/splits.py: official lists, own folders, and the scan of their videos."""
+import json
 import os
-import pwd
+import re
 import shutil
+from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CLASSES, LENGTHS, fails, forbid, judging, listed, touch, ucf, write_lists
+from conftest import LENGTHS, evaluation_words, write_lists
 
+import finetune
+import linear_probe
 import retrieval
-from common import splits
-from common.splits import Split, check_parts, load_split, scan, sources, usable
-from common.tree import list_tree
+from common import UserError, splits
+from common.splits import check_test, load_and_scan, load_split, scan, sources, usable
 
-# ---- Finding files ----
+OFFICIAL = {
+    ("ucf101", 1): (9537, 3783), ("ucf101", 2): (9586, 3734), ("ucf101", 3): (9624, 3696),
+    ("hmdb51", 1): (3570, 1530), ("hmdb51", 2): (3570, 1530), ("hmdb51", 3): (3570, 1530),
+    ("diving48", 1): (15027, 1970)}
+CLASSES = {"ucf101": 101, "hmdb51": 51, "diving48": 48}
 
-def test_letter_case_is_ignored_where_that_finds_a_file(tmp_path):
-    listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi", "HandstandPushups/v_HandstandPushups_g01_c02.avi"]
-    there = ["HandstandPushups/v_HandStandPushups_g01_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c02.avi"]
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Lists are loaded though most of their videos are missing."""
+    monkeypatch.setattr(splits, "check_failed", lambda split: None)
+
+
+def touch(root, *names, text=""):
+    """Write files of that text, byte for byte, and their folders -> root"""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, newline="")
+    return root
+
+
+def ucf(root, lines):
+    """Write UCF101's lists of two classes, next to an empty folder of videos -> the folder"""
+    write_lists(root / "ucfTrainTestlist", ("Run", "HandstandPushups"), trainlist01=lines)
+    (root / "UCF-101").mkdir(exist_ok=True)
+    return root / "UCF-101"
+
+
+# ---- Official lists ----
+
+@pytest.mark.parametrize("dataset, number", OFFICIAL)
+def test_official_lists_give_the_published_counts(shared, tmp_path, unchecked, dataset, number):
+    lists, counts = shared / "annotations" / dataset, OFFICIAL[dataset, number]
+    both = [load_split(dataset, tmp_path, lists, number, part) for part in ("train", "test")]
+    assert tuple(len(split.paths) for split in both) == counts
+    assert tuple(splits.PUBLISHED[split.title] for split in both) == counts
+    assert not set(both[0].paths) & set(both[1].paths)
+    for split, a_class in zip(both, (70, 30)):
+        assert len(split.classes) == CLASSES[dataset]
+        unused = set(range(len(split.classes))) - set(split.labels)
+        assert unused == ({30} if dataset == "diving48" else set())
+        assert len(set(split.paths)) == len(split.paths) == len(split.labels)
+        assert dataset != "hmdb51" or set(Counter(split.labels).values()) == {a_class}
+        if dataset != "diving48":
+            folders = [path.split("/")[0] for path in split.paths]
+            assert [split.classes[k] for k in split.labels] == folders
+
+
+def test_ucf101_labels_are_those_of_its_training_lists(shared, tmp_path, unchecked):
+    rows = (shared / "annotations/ucf101/trainlist01.txt").read_text().splitlines()
+    labels = load_split("ucf101", tmp_path, shared / "annotations/ucf101").labels
+    assert [int(row.split()[1]) - 1 for row in rows if row] == labels       # from 1
+
+
+@pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_three_splits_differ(shared, tmp_path, unchecked, dataset, part):
+    lists = shared / "annotations" / dataset
+    paths = [load_split(dataset, tmp_path, lists, number, part).paths for number in (1, 2, 3)]
+    assert paths[0] != paths[1] != paths[2] != paths[0]
+
+
+@pytest.mark.parametrize("dataset, folder, pattern", [
+    ("hmdb51", "", r".*[!#&()+;@[\]]"), ("diving48", "rgb", "-")])
+def test_names_with_special_characters_are_found(
+        shared, tmp_path, unchecked, dataset, folder, pattern):
+    lists = shared / "annotations" / dataset
+    paths = load_split(dataset, tmp_path, lists).paths
+    special = [path for path in paths if re.match(pattern, path)]
+    root = touch(tmp_path, *(f"{folder}/{path}".lstrip("/") for path in special)) / folder
+    split = load_split(dataset, tmp_path, lists)
+    assert len(special) > 100 and split.files == {path: root / path for path in special}
+    assert split.failed == {path: "not found" for path in paths if path not in special}
+
+
+def test_a_real_folder_is_found_whole_with_the_lists_next_to_it(shared):
+    for part, count in (("train", 80), ("test", 40)):
+        split = load_split("ucf101", shared / "videos" / "ucf_original" / "UCF-101", part=part)
+        assert len(split.files) == len(split.paths) == count and not split.failed
+        assert Counter(split.labels) == {k: count // 8 for k in range(8)}
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("line", ["{}\n", "{} 1\n", "{} 1 \r\n \r\n"])
+def test_list_lines_may_carry_labels_and_either_line_end(tmp_path, line, start):
+    paths = ["Run/v_Run_g01_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi"]
+    root = touch(ucf(tmp_path, []), *paths)
+    text = start + "".join(line.format(path) for path in paths)
+    touch(tmp_path, "ucfTrainTestlist/trainlist01.txt", text=text)
+    split = load_split("ucf101", root)
+    assert split.paths == paths and split.labels == [0, 1] and not split.failed
+    assert split.classes == ["Run", "HandstandPushups"]
+
+
+def test_hmdb51_names_may_hold_blanks_commas_and_digits_at_the_end(tmp_path):
+    names = ["a b;c, 2.avi", "#(2) 1.avi", "x.avi, 1.avi"]
+    touch(tmp_path, *(f"Run/{name}" for name in names))
+    lines = [f"{name} 1 \n" for name in names] + ["y.avi 0 \n", "z.avi 2 \n"]
+    touch(tmp_path, "Run_test_split1.txt", text="".join(lines))
+    touch(tmp_path, "._Run_test_split1.txt", text="macOS adds these")
+    split = load_split("hmdb51", tmp_path)
+    assert split.paths == [f"Run/{name}" for name in names] and split.classes == ["Run"]
+    assert not split.failed
+
+
+def test_letter_case_is_ignored_as_ucf101_spells_handstand_pushups_in_two_ways(tmp_path):
+    listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi",
+              "HandstandPushups/v_HandstandPushups_g01_c02.avi"]
+    there = ["HandstandPushups/v_HandStandPushups_g01_c01.avi",
+             "HandstandPushups/v_HandStandPushups_g01_c02.avi"]
     root = touch(ucf(tmp_path, listed), *there)
     split = load_split("ucf101", root)
-    assert split.found == {path: root / file for path, file in zip(listed, there)} and split.labels == [1, 1]
+    assert split.files == {path: root / file for path, file in zip(listed, there)}
+    assert split.labels == [1, 1]
 
 
-@pytest.mark.parametrize("listed, there", [
-    (b"Run/caf\xe9.avi", "Run/caf\xe9.avi".encode()), ("Run/caf\xe9.avi".encode(), b"Run/caf\xe9.avi"),
-    ("Run/caf\xe9.avi".encode(), "Run/cafe\u0301.avi".encode()), (b"run/A.AVI", b"Run/a.avi")])
-def test_a_file_is_found_whose_name_a_list_spells_in_another_way(tmp_path, listed, there):
-    """In Latin-1, with accents as macOS writes them, in other letters."""
-    root = touch(ucf(tmp_path, ["Run/x.avi"]), os.fsdecode(there))
-    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_bytes(listed)
-    split = load_split("ucf101", root)
-    assert split.found == {os.fsdecode(listed): root / os.fsdecode(there)} and split.labels == [0]
+def test_lists_may_name_files_in_any_bytes(tmp_path):
+    path = os.fsdecode(b"Run/caf\xe9.avi")
+    root = touch(ucf(tmp_path, []), path)
+    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_bytes(b"Run/caf\xe9.avi 1\n")
+    assert load_split("ucf101", root).files == {path: root / path}
 
 
-def test_a_file_that_a_list_names_twice_counts_once_and_that_is_said(tmp_path):
-    listed = ["Run/a.avi", "Run/b.avi", "RUN/A.avi", "Run/b.avi", "Run/link.avi", "Run/gone.avi", "run/gone.avi"]
-    root = touch(ucf(tmp_path, listed), *listed[:2])
-    (root / "Run/link.avi").symlink_to("b.avi")
-    split = load_split("ucf101", root)
-    assert split.paths == ["Run/a.avi", "Run/b.avi", "Run/gone.avi"] and split.labels == [0, 0, 0]
-    assert split.found == {path: root / path for path in listed[:2]} and split.missing == ["Run/gone.avi"]
-    assert split.notes == ("videos that are named twice count once: 4 (RUN/A.avi, Run/b.avi, Run/link.avi, ...)",)
-
-
-def test_links_that_make_a_folders_videos_count_twice_are_said(tmp_path):
-    root = touch(tmp_path, "run/a.avi", "walk/b.avi")
-    (root / "all").symlink_to("run")
-    split = load_split("folder", root)
-    assert split.paths == ["all/a.avi", "run/a.avi", "walk/b.avi"]
-    assert split.notes == ("links lead to videos that lie there already, which count twice: 1 (run/a.avi)",)
-
-
-def test_lists_of_training_and_test_videos_that_share_files_are_refused_whatever_names_lead_to_them(tmp_path):
-    root = touch(ucf(tmp_path, ["Run/a.avi", "Run/b.avi"]), "Run/a.avi", "Run/b.avi", "Run/c.avi")
-    (root / "Run/other.avi").symlink_to("b.avi")
-    for line, both in (("RUN/a.avi", True), ("Run/other.avi", True), ("Run/c.avi", False)):
-        touch(tmp_path, "ucfTrainTestlist/testlist01.txt", text=line)
-        train, test = (load_split("ucf101", root, part=part) for part in ("train", "test"))
-        refused = pytest.raises(ValueError, match="1 of 1 test videos are training videos too, the first: .*avi")
-        with refused if both else contextlib.nullcontext():
-            check_parts(train, test)
-
-
-def test_retrieval_refuses_such_lists_too(tmp_path, world):
-    lists = write_lists(tmp_path / "lists", CLASSES, trainlist01=[listed(0), listed(1)], testlist01=[listed(1)])
-    argv = judging("retrieval", world, tmp_path, tmp_path, "--checkpoint", "random", "--annotations", lists, "--k", 1)
-    assert "1 of 1 test videos are training videos too" in fails(retrieval.main, argv)
-    retrieval.main([*argv, "--frames", "4", "--size", "16", "--arch", "r3d18_narrow", "--query", "train"])
-
-
-def test_class_folders_that_are_links_in_other_letters_are_found(tmp_path):
-    listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi", "Run/a.avi"]
-    root = touch(ucf(tmp_path, listed), "Run/a.avi")
-    touch(tmp_path, "disk/v_HandstandPushups_g01_c01.avi")
-    (root / "HandstandPushups").symlink_to(tmp_path / "disk")
-    split = load_split("ucf101", root)
-    assert split.found[listed[0]] == root / "HandstandPushups/v_HandstandPushups_g01_c01.avi" and not split.missing
-
-
-def test_folders_pipes_and_links_to_nothing_are_no_videos(tmp_path):
-    listed = ["Run/a.avi", "Run/b.avi", "Run/c.avi", "Run/d.avi"]
-    root = touch(ucf(tmp_path, listed), "Run/a.avi", "Run/b.avi/readme.txt")
-    os.mkfifo(root / "Run/c.avi")
-    (root / "Run/d.avi").symlink_to("nowhere")
-    assert load_split("ucf101", root).missing == listed[1:]
-    assert load_split("folder", root).missing == listed[2:]
-
-
-def test_a_walk_follows_links_and_ends_where_they_lead_back(tmp_path):
-    root = touch(tmp_path / "root", "a/1.avi", "b/2.avi", "shrink.jsonl", ".shrinking/3.avi")
-    touch(tmp_path, "outside/4.avi")
-    links = {"a/to_b": "../b", "b/to_a": "../a", "a/self": ".", "a/up": "../..", "out": "../outside", "lost": "nowhere"}
-    for link, target in links.items():
-        (root / link).symlink_to(target)
-    folders, files, bad = list_tree(root)
-    assert files == ["a/1.avi", "a/to_b/2.avi", "b/2.avi", "b/to_a/1.avi", "lost", "out/4.avi"]
-    assert folders == [".", "a", "a/to_b", "b", "b/to_a", "out"] and bad == {}
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    root = touch(ucf(tmp_path, ["Run/a.avi", "HandstandPushups/b.avi"]), "Run/a.avi")
-    forbid(monkeypatch, "scandir", root / "HandstandPushups")
-    (root / "HandstandPushups").mkdir()
-    note = f"the folder {root}/HandstandPushups cannot be read: Permission denied"
-    assert load_split("folder", root).notes == (note,)
-    with pytest.raises(ValueError, match=f"found 1; the first missing: HandstandPushups/b.avi; {note}"):
-        scan(load_split("ucf101", root))
-
-
-def test_what_is_wrong_with_the_files_is_said_with_what_was_looked_for_and_where(tmp_path):
-    listed = [f"Run/v_Run_g01_c{k:02d}.avi" for k in range(40)]
-    root = touch(ucf(tmp_path, listed), *listed[:20])
-    with pytest.raises(ValueError, match="Jump.*lacks"):
-        load_split("ucf101", ucf(tmp_path / "other", ["Jump/a.avi"]))
-    with pytest.raises(ValueError, match=f"{tmp_path}/nowhere does not exist"):
+def test_a_missing_folder_or_list_is_named_with_the_places_searched(tmp_path):
+    root = touch(ucf(tmp_path, ["Run/a.avi"]), "Run/a.avi")
+    with pytest.raises(UserError, match=f"video folder {tmp_path}/nowhere does not exist"):
         load_split("ucf101", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"testlist01.txt in .*{tmp_path}/ucfTrainTestlist"):
+    with pytest.raises(UserError, match=f"no list testlist01.txt in .*{tmp_path}/ucfTrainTestlist"):
         load_split("ucf101", root, part="test")
-    with pytest.raises(ValueError, match=f"no list trainlist01.txt in {root} or {root}/ucfTrainTestlist "):
+    with pytest.raises(UserError, match=f"trainlist01.txt in {root} or {root}/ucfTrainTestlist "):
         load_split("ucf101", root, annotations=root)
-    with pytest.raises(ValueError, match="unknown data set 'ucf102'"):
-        load_split("ucf102", root)
-    with pytest.raises(ValueError, match=f"folder: looked for videos in {root}/empty, found 0"):
-        scan(load_split("folder", touch(root, "empty/notes.txt") / "empty"))
-    with pytest.raises(ValueError, match=f"looked for 40 listed videos in {root}, found 20; the first missing: "
-                                         + ", ".join(listed[20:23]) + "(?!, Run)"):
-        scan(load_split("ucf101", root))
 
 
-def test_clips_cut_from_one_recording_share_a_source():
-    ucf101 = [f"Run/v_Run_{clip}.avi" for clip in ("g01_c01", "g01_c02", "g02_c01")]
-    hmdb51 = [f"climb/{name}.avi" for name in ("A_(b)_climb_f_cm_np1_ba_med_0", "A_(b)_climb_u_cm_np1_le_bad_1",
-                                               "C_climb_f_cm_np1_ba_med_0")]
-    diving48 = ["-x_00001.mp4", "-x_00023.mp4", "-y_00001.mp4"]
-    for dataset, paths in (("ucf101", ucf101), ("hmdb51", hmdb51), ("diving48", diving48)):
+def test_clips_cut_from_one_recording_have_one_source():
+    names = {
+        "ucf101": [f"Run/v_Run_{clip}.avi" for clip in ("g01_c01", "g01_c02", "g02_c01")],
+        "hmdb51": [
+            f"climb/{name}_cm_np1_le_bad_1.avi"
+            for name in ("A_(b)_climb_f", "A_(b)_climb_u", "C_climb_f")],
+        "diving48": ["-x_00001.mp4", "-x_00023.mp4", "-y_00001.mp4"]}
+    for dataset, paths in names.items():
         a, b, c = sources(dataset, paths)
         assert a == b != c
         assert sources("folder", paths) == paths
 
 
-# ---- The index ----
+# ---- Own folders ----
+
+@pytest.mark.parametrize("dataset", ["kinetics400", "folder"])
+def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, dataset):
+    paths = ["linked/f.mp4", "run/a.mp4", "run/more/b.AVI", "walk/-e.mkv", "walk/[c] d.webm"]
+    root = touch(tmp_path / "videos", *paths[1:])
+    touch(root, "run/._a.mp4", "run/notes.txt", "walk/mp4", "walk/.a.mp4.part")
+    touch(tmp_path / "elsewhere", "f.mp4")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    split = load_split(dataset, root)
+    assert split.files == {path: root / path for path in paths} and split.paths == paths
+    classes = [split.classes[k] for k in split.labels]
+    assert classes == ["linked", "run", "run", "walk", "walk"]
+    flat = load_split(dataset, touch(tmp_path / "flat", "b.mp4", "a/a.mp4"))
+    assert (flat.paths, flat.labels, flat.classes) == (["a/a.mp4", "b.mp4"], [None, None], [])
+
+
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_own_train_and_test_folders_have_the_classes_of_train(tmp_path, test):
+    touch(tmp_path, "train/run/a.mp4", "train/walk/b.mp4", "train/walk/more/c.mp4", "readme.txt")
+    touch(tmp_path, f"{test}/walk/d.mp4", *(["test/run/e.mp4"] if test == "val" else []))
+    train, held_out = (load_split("folder", tmp_path, part=part) for part in ("train", "test"))
+    assert train.paths == ["run/a.mp4", "walk/b.mp4", "walk/more/c.mp4"]
+    assert train.labels == [0, 1, 1] and train.title == "folder train"
+    assert held_out.paths == ["walk/d.mp4"] and held_out.files["walk/d.mp4"].parts[-3] == test
+    assert held_out.labels == [1] and held_out.title == f"folder {test}"
+    assert train.classes == held_out.classes == ["run", "walk"]
+    check_test(train, held_out)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    root, real = touch(tmp_path, "run/a.mp4", "walk/b.mp4"), os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "walk":
+            raise PermissionError(f"{folder}: Permission denied")           # root may read all
+        return real(folder)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="walk"):
+        load_split("folder", root)
+
+
+def test_there_is_no_test_result_without_labels_or_on_videos_of_training(tmp_path):
+    flat = load_split("folder", touch(tmp_path / "flat", "a.mp4", "b.mp4"))
+    with pytest.raises(UserError, match="folder has no labels to learn .*train/CLASS/"):
+        check_test(flat, flat)
+    root = touch(ucf(tmp_path, ["Run/a.avi", "Run/b.avi"]), "Run/a.avi", "Run/b.avi")
+    touch(tmp_path, "ucfTrainTestlist/testlist01.txt", text="RUN/a.avi")
+    train, test = (load_split("ucf101", root, part=part) for part in ("train", "test"))
+    with pytest.raises(UserError, match="1 test videos are also training videos, .*Run/a.avi"):
+        check_test(train, test)
+
+
+@pytest.mark.parametrize("script", [linear_probe, finetune, retrieval])
+def test_own_labelled_videos_are_evaluated(videos, tmp_path, script):
+    for n, path in enumerate(LENGTHS):
+        part = "train" if n < 9 else "val"
+        (tmp_path / part / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(videos / path, tmp_path / part / path)
+    name = script.__name__
+    more = {"finetune": ["--epochs", 1, "--batch-size", 4], "retrieval": ["--k", 1]}.get(name, [])
+    script.main(evaluation_words(
+        name, tmp_path, tmp_path, tmp_path / "out", "--dataset", "folder", "--data", tmp_path,
+        "--arch", "r3d18_narrow", "--checkpoint", "random", "--frames", 4, "--size", 16, *more))
+    (file,) = (tmp_path / "out").glob("*.json")
+    (split,) = json.loads(file.read_text())["splits"]
+    parts = [part for part in split.values() if isinstance(part, dict) and "expected" in part]
+    counts = {part["title"]: part["scored"] for part in parts}
+    assert counts == {"folder train": 9, "folder val": 4}
+
+
+# ---- The scan ----
 
 @pytest.fixture
 def copy(videos, tmp_path):
+    """The small videos, to be changed."""
     return Path(shutil.copytree(videos, tmp_path / "videos"))
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """The names of the files that are decoded by scans from now on."""
-    names, examine = [], splits.examine
-    monkeypatch.setattr(splits, "examine", lambda file: (names.append(Path(file).name), examine(file))[1])
+def probed(monkeypatch):
+    """The names of the files that scans decode from now on."""
+    names, probe = [], splits.probe
+    monkeypatch.setattr(
+        splits, "probe", lambda file: names.append(Path(file).name) or probe(file))
     return names
 
 
-def test_scan_counts_frames_and_remembers_them(videos, tmp_path, counted, monkeypatch):
+def test_scan_counts_frames_and_caches_them(videos, tmp_path, probed, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    split = load_split("folder", videos)
-    expected = {path: splits.examine(videos / path) for path in LENGTHS}
-    assert {path: entry[:4] for path, entry in expected.items()} == {p: (n, 24, 32, "") for p, n in LENGTHS.items()}
-    del counted[:]
-    assert scan(split, tmp_path / "new" / "index.json", workers=2) == expected and len(counted) == 13
-    assert scan(split, tmp_path / "new" / "index.json") == expected and len(counted) == 13
-    assert scan(split) == scan(split) == expected and len(counted) == 26         # remembered in the user's cache
-    assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("time-equivariance/*.json"))) >= 1
+    index = tmp_path / "new" / "index.json"
+    expected = {path: (length, 24, 32) for path, length in LENGTHS.items()}
+    for count, file in ((13, index), (13, index), (26, None), (26, None)):
+        split = scan(load_split("folder", videos), file, workers=2)
+        assert {path: tuple(shape) for path, shape in split.shapes.items()} == expected
+        assert not split.failed and len(probed) == count
+    index.unlink()
+    scan(load_split("folder", videos), index)
+    assert len(probed) == 39 and os.listdir(index.parent) == ["index.json"]
+    assert len(list((tmp_path / "cache").glob("time-equivariance/*.json"))) == 1
 
 
-def test_a_changed_file_is_counted_again_and_no_other(copy, tmp_path, counted):
-    split, index = load_split("folder", copy), tmp_path / "index.json"
-    scan(split, index)
+def test_a_changed_file_is_scanned_again_and_no_other(copy, tmp_path, probed):
+    index = tmp_path / "index.json"
+    scan(load_split("folder", copy), index)
     times = [(copy / path).stat().st_mtime_ns for path in ("walk/01.avi", "run/02.avi")]
     shutil.copy(copy / "run/00.avi", copy / "walk/01.avi")
-    os.utime(copy / "walk/01.avi", ns=(0, times[0]))                            # another size at the same time
-    os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))                         # another time
-    del counted[:]
-    assert scan(split, index)["walk/01.avi"][:4] == (20, 24, 32, "") and sorted(counted) == ["01.avi", "02.avi"]
+    os.utime(copy / "walk/01.avi", ns=(0, times[0]))            # another size at the same time
+    os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))         # another time
+    del probed[:]
+    shapes = scan(load_split("folder", copy), index).shapes
+    assert tuple(shapes["walk/01.avi"]) == (20, 24, 32) and sorted(probed) == ["01.avi", "02.avi"]
 
 
-@pytest.mark.parametrize("content", [b"\xff\x00", b"[]", b"null", b"7", b"Spin/a.avi 1", b'[{"vid_name": "a"}]',
-                                     b'{"run/00.avi": null, "run/02.avi": 7}'])
-def test_a_file_that_is_no_index_is_not_written_over(videos, tmp_path, content):
-    index = tmp_path / "index.json"
-    index.write_bytes(content)
-    with pytest.raises(ValueError, match="index.json is no index of a scan.*: give another --index"):
-        scan(load_split("folder", videos), index)
-    assert index.read_bytes() == content
-
-
-@pytest.mark.parametrize("damage", [None, b"", b"\0\0\0", b'{"run/00.avi": [1', b'{"run/00.avi": [1, 2]}',
-                                    b'{"run/00.avi": [1, 2, 20, 24, 32, "", ""]}'])
-def test_a_damaged_or_lost_index_is_made_anew(videos, tmp_path, counted, damage):
-    split, index = load_split("folder", videos), tmp_path / "index.json"
-    before = scan(split, index)
-    index.unlink() if damage is None else index.write_bytes(damage)
-    assert scan(split, index) == before and len(counted) == 26
-    assert scan(split, index) == before and len(counted) == 26
-    assert os.listdir(tmp_path) == ["index.json"]
-
-
-def test_without_a_home_folder_the_index_has_no_place_and_that_is_said(videos, monkeypatch, tmp_path):
-    """As in a container that was started with --user: no HOME, no entry in /etc/passwd."""
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)                        # KeyError
-    with pytest.raises(ValueError, match="no home folder to keep the index in: give a file, --index"):
-        scan(load_split("folder", videos))
-    assert len(scan(load_split("folder", videos), tmp_path / "index.json")) == 13
-
-
-def test_an_index_that_may_not_be_read_is_not_written_over(videos, tmp_path, monkeypatch):
-    index = tmp_path / "index.json"
-    index.write_text("{}")
-
-    def refuse(self, **_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(ValueError, match="cannot read .*index.json: Permission denied; give another --index"):
-        scan(load_split("folder", videos), index)
-
-
-def test_unreadable_files_are_reported_with_the_problem(copy, tmp_path):
+def test_undecodable_files_of_any_name_are_named_with_the_reason(copy, tmp_path):
+    name = os.fsdecode(b"walk/caf\xe9.avi")
     (copy / "run/00.avi").write_text("no video")
-    (copy / "run/02.avi").write_bytes((copy / "run/02.avi").read_bytes()[:3000])
-    os.rename(copy / "walk/01.avi", copy / os.fsdecode(b"walk/caf\xe9.avi"))
-    split = load_split("folder", copy)
-    index = scan(split, tmp_path / "index.json")
-    assert index["run/00.avi"] == (0, 0, 0, "Invalid data found when processing input", "")
-    assert index["run/02.avi"][0] < 26 and index[os.fsdecode(b"walk/caf\xe9.avi")][:4] == (23, 24, 32, "")
-    assert scan(split, tmp_path / "index.json") == index
+    os.rename(copy / "walk/01.avi", copy / name)
+    os.truncate(copy / name, 100)
+    for _ in range(2):                                          # from the cache, too
+        split = scan(load_split("folder", copy), tmp_path / "index.json")
+        assert split.failed == dict.fromkeys(
+            ["run/00.avi", name], "Invalid data found when processing input")
+        assert len(split.shapes) == 11
 
 
-def planned(total, missing=0, unreadable=0, short=0, cut=0):
-    """A split and its index, made up: so many videos missing, unreadable, short, unreadable after 20 frames."""
-    paths = [f"{k:03d}.avi" for k in range(total)]
-    kinds = [(0, 0, 0, "no moov", "")] * unreadable + [(9, 8, 8, "", "")] * short + [(20, 8, 8, "bad", "")] * cut
-    index = dict(zip(paths[missing:], kinds + [(99, 8, 8, "", "")] * total))
-    return Split("plan", Path("x"), paths, [None] * total, [], {p: Path(p) for p in index}, paths[:missing]), index
+def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch):
+    paths = [f"Run/{k:02d}.avi" for k in range(40)]
+    results = {"01.avi": (0, 0, 0, "no moov"), "03.avi": (20, 8, 8, "Invalid data")}
+    monkeypatch.setattr(
+        splits, "probe", lambda file: results.get(Path(file).name, (99, 8, 8, "")))
+    root = touch(ucf(tmp_path, paths), *paths[1:])
+    args = Namespace(dataset="ucf101", data=root, annotations=None, index=None, workers=0)
+    split = load_and_scan(args, 1, "train")
+    assert split.failed == {"Run/00.avi": "not found", "Run/01.avi": "no moov"}
+    assert split.shapes["Run/03.avi"] == (20, 8, 8)             # the frames before the fault
+    results["02.avi"] = results["01.avi"]
+    os.utime(root / "Run/02.avi", ns=(0, 0))
+    said = r"are missing or undecodable, more than 5%: Run/00.avi \(not found\), Run/01.avi \(no"
+    with pytest.raises(UserError, match=f"3 of 40 videos in {root} {said}"):
+        load_and_scan(args, 1, "train")
+    for path in paths[1:3]:
+        (root / path).unlink()
+    with pytest.raises(UserError, match="3 of 40 videos"):
+        load_split("ucf101", root)
+    with pytest.raises(UserError, match="no videos in"):
+        load_split("folder", touch(tmp_path / "empty", "notes.txt"))
 
 
-def test_short_missing_and_unreadable_videos_are_left_out_and_counted():
-    good, report = usable(*planned(100, missing=2, unreadable=3, short=40, cut=5))
-    assert good == [f"{k:03d}.avi" for k in range(45, 100)]                     # those cut still have 16 frames
-    assert report == ("plan: 100 videos, 55 usable; 2 missing: 000.avi, 001.avi; 3 unreadable: 002.avi (no moov), "
-                      "003.avi (no moov), 004.avi (no moov); 40 shorter than 16 frames: 005.avi, 006.avi, "
-                      "007.avi, ...")
-    assert len(usable(*planned(100, cut=4), T=32)[0]) == 96
-
-
-def test_the_report_has_the_published_number_of_videos():
-    split, index = planned(100)
-    for title, number in (("hmdb51 test split 3", "1530"), ("kinetics400 train", "around 240000")):
-        _, report = usable(replace(split, title=title), index)
-        assert report == f"{title}: 100 videos (published: {number}), 100 usable"
-
-
-def test_more_than_one_bad_video_in_twenty_is_an_error():
-    for bad in (dict(missing=6), dict(unreadable=6), dict(missing=3, unreadable=3), dict(short=99)):
-        with pytest.raises(ValueError, match="100 videos"):
-            usable(*planned(100, **bad))
+def test_failed_and_short_videos_are_left_out_of_training_and_named():
+    shapes = {f"{k}.avi": (k, 8, 8) for k in range(10, 30)}
+    split = splits.Split(
+        "hmdb51 test split 3", Path("x"), ["gone.avi", *shapes, "bad.avi"], [], [], {}, shapes,
+        {"gone.avi": "not found", "bad.avi": "no moov"})
+    good, report = usable(split)
+    assert good == [f"{k}.avi" for k in range(16, 30)]
+    assert report == (
+        "hmdb51 test split 3: 22 videos (published: 1530), 14 usable; "
+        "2 failed: gone.avi (not found), bad.avi (no moov); 6 shorter than 16 frames")
+    good, report = usable(replace(split, title="own"), T=20)
+    assert len(good) == 10 and report.startswith("own: 22 videos, 10 usable; ")

@@ -1,0 +1,364 @@
+"""What the three evaluations have in common: crops, averages, features, counts, result files."""
+import hashlib
+import json
+import shutil
+import subprocess
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CPU,
+    ROOT,
+    SHARP,
+    TINY_CLASSES,
+    TORCHRUN,
+    by_hand,
+    by_path,
+    fails,
+    noisy,
+    official,
+    probe,
+    read_json,
+    read_rows,
+    retrieve,
+    save_backbone,
+    spy_predictions,
+    tiny_words,
+    tune,
+    write_video,
+)
+
+import data
+import finetune
+import linear_probe
+import retrieval
+from common import evaluation, splits
+from common.evaluation import average_crops, predictions, result_folder, views_of
+from common.splits import Split, load_split, scan
+from common.video import decode
+from data import normalise
+from models import classifier, new_backbone
+
+SCRIPTS = linear_probe, retrieval, finetune
+
+
+# ---- Crops and averages (Sec. 3.4) ----
+
+def test_ten_crops_are_four_corners_and_the_centre_and_their_mirror_images():
+    windows = torch.arange(2 * 3 * 3 * 20 * 28).view(2, 3, 3, 20, 28)
+    corners = (0, 0), (0, 12), (4, 0), (4, 12), (2, 6)                  # and the centre
+    crops = [windows[..., top:top + 16, left:left + 16] for top, left in corners]
+    mirrored = [crops[k].flip(-1) for k in (1, 0, 3, 2, 4)]             # left becomes right
+    assert views_of(windows, 16, "ten").equal(torch.cat(crops + mirrored))
+    assert views_of(windows, 16, "centre").equal(torch.cat([crops[-1], crops[-1].flip(-1)]))
+
+
+@pytest.mark.parametrize("crops, views", [("centre", 2), ("ten", 10)])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_average_over_crops_equals_the_average_of_single_crops(tiny, crops, views, softmax):
+    split = scan(load_split("ucf101", tiny / "UCF-101", part="test"))
+    torch.manual_seed(0)
+    net = new_backbone("r3d18_narrow")
+    net = (classifier(net, 5) if softmax else net).eval()
+    args = Namespace(frames=4, size=16, step=2, windows=3, crops=crops, workers=0, amp="off")
+    averages, failed = average_crops(net, split, args, CPU, softmax)
+    assert not failed and averages.shape == (9, 5 if softmax else 128)
+    for v in (0, 7):
+        single = []
+        for start in (0, 8, 17):                                        # 24 frames: evenly, 0 to 17
+            frames = [start + 2 * t for t in range(4)]
+            clips = decode(split.files[split.paths[v]], frames, 18)
+            for view in views_of(clips[None], 16, crops):
+                with torch.no_grad():
+                    output = net(normalise(view[None]))[0]
+                single.append(output.softmax(0) if softmax else output)
+        assert len(single) == 3 * views
+        mean = torch.stack(single).mean(0)
+        torch.testing.assert_close(averages[v], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_each_video_is_decoded_once_for_all_windows_and_networks(
+        tiny, checkpoint, tmp_path, monkeypatch):
+    decoded = []
+
+    def spy(path, *args, **kwargs):
+        decoded.append(path)
+        return decode(path, *args, **kwargs)
+
+    monkeypatch.setattr(data, "decode", spy)
+    probe(tiny, checkpoint, tmp_path)                                   # two networks, two windows
+    assert len(decoded) == len(set(decoded)) == 27
+
+
+def test_a_network_whose_output_is_not_finite_gives_no_number(tiny, tmp_path):
+    net = new_backbone("r3d18_narrow")
+    net.stem[0].weight.data.fill_(float("nan"))
+    torch.save(dict(arch=net.arch, backbone=net.state_dict(), args={}), tmp_path / "nan.pt")
+    argv = tiny_words(tiny, tmp_path / "nan.pt", tmp_path, "--frames", 4, "--size", 16)
+    assert "output is finite for 0 of these" in fails(linear_probe.main, argv)
+
+
+# ---- A feature depends on its video and the checkpoint alone ----
+
+def same(one, other):
+    """Whether two {path: feature} are bitwise equal, in the same order."""
+    return list(one) == list(other) and all(np.array_equal(one[path], other[path]) for path in one)
+
+
+@pytest.mark.parametrize("more", [("--seed", 1), ("--workers", 2)])
+def test_features_are_the_same_bit_for_bit_in_every_run(
+        tiny, checkpoint, retrieved, tmp_path, more):
+    torch.rand(7)                                                       # another state of the RNG
+    result, arrays = retrieve(tiny, checkpoint, tmp_path, *more)
+    assert same(by_path(arrays), by_path(retrieved[1]))
+    assert result["recall"]["checkpoint"] == retrieved[0]["recall"]["checkpoint"]
+
+
+def test_no_feature_comes_from_an_earlier_file_of_the_same_name(tiny, tmp_path):
+    one = save_backbone(tmp_path / "backbone.pt", 1)
+    two = save_backbone(tmp_path / "other.pt", 2)
+    first, second = retrieve(tiny, one, tmp_path), retrieve(tiny, two, tmp_path)
+    shutil.copy(two, one)
+    third = retrieve(tiny, one, tmp_path)
+    assert not np.allclose(first[1]["query_features"], second[1]["query_features"])
+    assert same(by_path(second[1]), by_path(third[1]))
+    hashes = [result["checkpoint"]["sha256"] for result, _ in (first, second, third)]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+@pytest.mark.parametrize("script, evaluate", [(linear_probe, probe), (retrieval, retrieve)])
+def test_evaluation_changes_neither_weights_nor_batchnorm_statistics(
+        tiny, checkpoint, tmp_path, monkeypatch, script, evaluate):
+    networks = {}
+
+    def spy(args, device):
+        networks.update(evaluation.load_networks(args, device))
+        return networks
+
+    monkeypatch.setattr(script, "load_networks", spy)
+    evaluate(tiny, checkpoint, tmp_path)
+    stored = torch.load(checkpoint, weights_only=True)["backbone"]
+    state = networks["checkpoint"].state_dict()
+    assert all(value.equal(stored[name]) for name, value in state.items())
+    assert not any(module.training for module in networks["checkpoint"].modules())
+
+
+def test_another_test_video_changes_no_other_feature(tiny_copy, checkpoint, retrieved, tmp_path):
+    path = official(1, "test")[4]
+    write_video(tiny_copy / "UCF-101" / path, noisy(999, 0), **SHARP)
+    after, before = by_path(retrieve(tiny_copy, checkpoint, tmp_path)[1]), by_path(retrieved[1])
+    assert not np.array_equal(after.pop(path), before.pop(path)) and same(after, before)
+
+
+# ---- Broken videos ----
+
+def break_first_test_video(tiny_copy, how):
+    """Make it missing, garbage, or shorter than the cached scan says -> its path, the reason."""
+    path = official(1, "test")[0]
+    file = tiny_copy / "UCF-101" / path
+    if how == "missing":
+        file.unlink()
+        return path, "not found"
+    if how == "garbage":
+        file.write_bytes(b"moov atom not found" * 50)
+        return path, "Invalid data"
+    split = scan(load_split("ucf101", tiny_copy / "UCF-101", part="test"))
+    index = splits.default_index(split.root)
+    entries = json.loads(index.read_text())
+    entries[path][1] += 9
+    index.write_text(json.dumps(entries))
+    return path, "only 24 frames decode"
+
+
+@pytest.mark.parametrize("how", ["missing", "garbage", "shorter"])
+def test_a_broken_test_video_is_named_counts_as_an_error_and_changes_nothing_else(
+        tiny_copy, checkpoint, retrieved, tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(splits, "MAX_BAD", 0.2)                         # 1 of 9 is more than 5 %
+    path, reason = break_first_test_video(tiny_copy, how)
+    sentence = f"8 of 9 videos scored; 1 could not be read and count as errors: {path} ({reason}"
+
+    result, arrays = retrieve(tiny_copy, checkpoint, tmp_path)
+    assert sentence in capsys.readouterr().out
+    others = {name: x for name, x in by_path(retrieved[1]).items() if name != path}
+    assert same(by_path(arrays), others)
+    query = result["splits"][0]["query"]
+    assert query["expected"] == 9 and query["scored"] == 8 and list(query["failed"]) == [path]
+    assert reason in query["failed"][path] and str(tiny_copy) not in query["failed"][path]
+    nearest = retrieved[1]["gallery_classes"][retrieved[1]["nearest"][:, 0]]
+    right = nearest == retrieved[1]["query_classes"]
+    assert result["recall"]["checkpoint"]["R@1"] == right[1:].sum() / 9
+
+    result = probe(tiny_copy, checkpoint, tmp_path)
+    assert sentence in capsys.readouterr().out
+    right = [ok for name, ok in by_hand(retrieved[1]).items() if name != path]
+    assert result["top1"]["checkpoint"] == sum(right) / 9
+    assert list(result["splits"][0]["test"]["failed"]) == [path]
+
+    tuned = tune(tiny_copy, checkpoint, tmp_path)
+    assert sentence in capsys.readouterr().out
+    assert list(tuned["splits"][0]["test"]["failed"]) == [path]
+    assert tuned["splits"][0]["checkpoint"]["per_class"][TINY_CLASSES[0]] < 0.7     # of three
+
+    for name, result in (("linear_probe-ucf101", result), ("finetune-ucf101-2x", tuned)):
+        rows = read_rows(tmp_path / f"{name}-predictions.jsonl")
+        assert [row["path"] for row in rows if row["predicted"] is None] == [path]
+        assert rows[0]["problem"].startswith(reason) and len(rows) == 9
+        right = [row["predicted"] == row["label"] for row in rows]
+        assert result["top1"]["checkpoint"] == np.mean(right)
+
+
+def test_a_broken_training_video_is_left_out_and_named(
+        tiny_copy, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(splits, "MAX_BAD", 0.2)                         # 1 of 18 is more than 5 %
+    path = official(1, "train")[3]
+    (tiny_copy / "UCF-101" / path).write_bytes(b"")
+    for evaluate in (probe, retrieve, tune):
+        result = evaluate(tiny_copy, checkpoint, tmp_path)
+        split = (result[0] if evaluate is retrieve else result)["splits"][0]
+        part = split["gallery" if evaluate is retrieve else "train"]
+        assert part["scored"] == 17 and list(part["failed"]) == [path]
+        printed = capsys.readouterr().out
+        assert f"17 of 18 videos scored; 1 could not be read and are left out: {path}" in printed
+
+
+def test_more_than_five_percent_missing_videos_stop_every_script(tiny_copy, checkpoint, tmp_path):
+    path, _ = break_first_test_video(tiny_copy, "missing")
+    for script in SCRIPTS:
+        assert path in fails(script.main, tiny_words(tiny_copy, checkpoint, tmp_path))
+
+
+# ---- Several processes ----
+
+# One start of Python and one process group for all scripts. Each process saves what it predicts.
+ALL_SCRIPTS = """
+import os, sys, torch
+import torch.distributed as dist
+sys.path.insert(0, {root!r})
+import finetune, linear_probe, retrieval
+dist.init_process_group("gloo")
+dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
+for name, argv in {argv!r}.items():
+    globals()[name].main(argv)
+average_crops = finetune.average_crops
+def spy(*args, **kwargs):
+    scores, failed = average_crops(*args, **kwargs)
+    torch.save(scores, {scores!r} + os.environ["RANK"])
+    return scores, failed
+finetune.average_crops = spy
+finetune.main({predict!r})
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(
+        tiny, checkpoint, retrieved, probed, tmp_path, monkeypatch):
+    more = dict(
+        linear_probe=(),
+        retrieval=("--features", tmp_path / "features.npz", "--k", 1, 5, 10),
+        finetune=("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3))
+    argv = {name: tiny_words(tiny, checkpoint, tmp_path, *words) for name, words in more.items()}
+    trained = tmp_path / "finetune-ucf101-2x-1" / "checkpoint.pt"
+    predict = tiny_words(tiny, trained, tmp_path, "--predict", tiny / "UCF-101")
+    script = tmp_path / "all.py"
+    script.write_text(ALL_SCRIPTS.format(
+        root=str(ROOT), scores=str(tmp_path / "scores"), argv=argv, predict=predict))
+    done = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=2", script],
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for sentence in ("9 of 9 videos scored", "loaded r3d18_narrow"):    # only rank 0 prints
+        assert done.stdout.count(sentence) == 3
+
+    result = read_json(tmp_path / "linear_probe-ucf101.json")
+    assert result["top1"] == probed["top1"] and result["splits"] == probed["splits"]
+    arrays = dict(np.load(tmp_path / "features.npz"))
+    assert all(np.array_equal(arrays[name], retrieved[1][name]) for name in arrays)
+    assert read_json(tmp_path / "retrieval-ucf101.json")["splits"] == retrieved[0]["splits"]
+
+    scores = spy_predictions(monkeypatch)
+    by_two = read_rows(tmp_path / "predictions.jsonl")
+    finetune.main(predict)                                              # in one process
+    assert all(torch.load(tmp_path / f"scores{rank}").equal(scores[0]) for rank in (0, 1))
+    assert len(scores[0].unique()) > 27                                 # not all 0 and 1
+    assert by_two == read_rows(tmp_path / "predictions.jsonl") and len(by_two) == 27
+    predicted = {row["path"]: row["probabilities"] for row in by_two}
+    for row in read_rows(tmp_path / "finetune-ucf101-2x-predictions.jsonl"):
+        assert row["probabilities"] == predicted[row["path"]]           # the test's, by two as well
+
+
+# ---- Result files, and errors of the user ----
+
+def test_a_result_says_what_it_is(tiny, checkpoint, tmp_path, capsys):
+    protocol = dict(dataset="ucf101", split=[1], windows=2, step=2, frames=4, size=16, seed=0,
+                    crops="centre")
+    for evaluate in (probe, retrieve, tune):
+        result = evaluate(tiny, checkpoint, tmp_path)
+        result = result[0] if evaluate is retrieve else result
+        assert result["protocol"].items() >= protocol.items()
+        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        assert result["checkpoint"] == dict(
+            path=str(checkpoint), sha256=sha256, arch="r3d18_narrow",
+            trained_with=dict(frames=4, size=16, lr=1e-3))
+        packages = {"python", "torch", "torchvision", "av", "numpy", "sklearn"}
+        assert set(result["versions"]) == packages
+        split = result["splits"][0]
+        names = ("gallery", "query") if evaluate is retrieve else ("train", "test")
+        for name, part, videos in zip(names, ("train", "test"), (18, 9)):
+            assert split[name] == dict(
+                title=f"ucf101 {part} split 1", expected=videos, scored=videos, failed={})
+        printed = capsys.readouterr().out
+        assert "ucf101 train split 1: 18 of 18 videos scored" in printed
+        assert "ucf101 test split 1: 9 of 9 videos scored" in printed
+        assert "chance: 33.3%" in printed
+
+
+def test_results_go_to_out_or_to_the_folder_of_the_checkpoint(tmp_path):
+    def folder(out, checkpoint):
+        return str(result_folder(Namespace(out=out, checkpoint=checkpoint), "r3d18"))
+
+    assert folder("out", "run/backbone.pt") == folder("out", "random") == "out"
+    assert folder(None, "run/backbone.pt") == "run"
+    assert folder(None, "random") == "runs/random-r3d18"
+
+
+def test_a_prediction_names_the_five_best_classes_best_first_or_why_there_is_none():
+    classes, paths = list("abcdefg"), ["one", "two", "bad", "own"]
+    split = Split("", None, paths, [6, 0, 1, None], classes, {})
+    scores = np.array([
+        [1, 7, 3, 6, 5, 2, 4],
+        [-np.inf, 0.12345, 0.5, *[-np.inf] * 4],                        # -inf: cannot be predicted
+        [np.nan] * 7,
+        [0] * 7])                                                       # of equal ones the first
+    failed = {"bad": "moov atom not found"}
+    rows = predictions(split, scores, failed, classes, "values", split=2)
+    assert [list(row.get("values", {}).items()) for row in rows] == [
+        [("b", 7), ("d", 6), ("e", 5), ("g", 4), ("c", 3)],
+        [("c", 0.5), ("b", 0.1235)],
+        [],
+        [("a", 0), ("b", 0), ("c", 0), ("d", 0), ("e", 0)]]
+    assert [(row["path"], row["label"], row["predicted"], row["split"]) for row in rows] == [
+        ("one", "g", "b", 2), ("two", "a", "c", 2), ("bad", "b", None, 2), ("own", None, "a", 2)]
+    assert [row.get("problem") for row in rows] == [None, None, "moov atom not found", None]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_that_does_not_fit_ends_in_one_sentence(tiny, checkpoint, tmp_path, script):
+    part = tmp_path / "part.pt"
+    stored = torch.load(checkpoint, weights_only=True)
+    del stored["backbone"]["layer3.1.conv1.0.weight"]
+    torch.save(stored, part)
+    for path, more, sentence in (
+            (tmp_path / "none.pt", (), "no such file: "),
+            (part, (), 'Missing key(s) in state_dict: "layer3.1.conv1.0.weight"'),
+            (checkpoint, ("--arch", "r3d18"), "size mismatch for stem.0.weight")):
+        assert sentence in fails(script.main, tiny_words(tiny, path, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [linear_probe, finetune])
+def test_videos_without_labels_or_a_test_set_of_their_own_end_in_one_sentence(
+        tiny, own, checkpoint, script):
+    argv = ["--dataset", "folder", "--checkpoint", checkpoint, "--data"]
+    assert "has no labels" in fails(script.main, [*argv, own])
+    sentence = "27 test videos are also training videos"
+    assert sentence in fails(script.main, [*argv, tiny / "UCF-101"])
