@@ -51,7 +51,16 @@ from common.flags import (
     table_of_defaults,
 )
 from common.splits import check_test, labelled_folder, scan, usable
-from common.training import Progress, autocast, locked, resume, save, step_scaled, warmup_cosine
+from common.training import (
+    Progress,
+    autocast,
+    check_finite,
+    locked,
+    resume,
+    save,
+    step_scaled,
+    warmup_cosine,
+)
 from data import Clips, colour, step_loader
 from models import classifier, fill, new_backbone, read_weights
 
@@ -112,6 +121,7 @@ def train(network, clips, args, trained_with, folder, device):
             progress.log(step, schedule.get_last_lr()[0], loss=loss, train_acc=accuracy, **scaled)
             schedule.step()
             if progress.save_due(step):
+                check_finite(network, step)
                 save(folder, trained_with, step, **state)
 
 

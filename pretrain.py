@@ -40,6 +40,7 @@ from common.splits import load_and_scan, usable
 from common.training import (
     Progress,
     autocast,
+    check_finite,
     locked,
     resume,
     save,
@@ -270,6 +271,7 @@ def train(args, pairs, device):
             schedule.step()
 
             if progress.save_due(step):
+                check_finite(model, step)
                 save_backbone(folder / "backbone.pt", model, args)
                 save(folder, vars(args), step, **state)
             if args.keep_every and step % args.keep_every == 0 and rank == 0:

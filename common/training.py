@@ -76,15 +76,16 @@ def save_file(path, **content):
     tmp.replace(path)
 
 
-def save(out, args, step, **stateful):
-    """OUT/checkpoint.pt: all that `resume` needs to continue bit for bit.
-
-    args: {flag: value}. UserError, and the checkpoint before stays: a weight is not finite.
-    """
-    for name, value in stateful["model"].state_dict().items():
+def check_finite(model, step):
+    """UserError, before anything is saved: a weight is not finite."""
+    for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            file = out / "checkpoint.pt"
-            raise UserError(f"step {step}: {name} is not finite; {file}, if there, is from before")
+            raise UserError(f"step {step}: {name} is not finite; the files in --out, if there, are "
+                            "from before")
+
+
+def save(out, args, step, **stateful):
+    """OUT/checkpoint.pt: all that `resume` needs to continue bit for bit; args: {flag: value}"""
     states = {name: part.state_dict() for name, part in stateful.items()}
     _, world = rank_and_world()
     save_file(out / "checkpoint.pt", step=step, args=args | dict(processes=world), **states)

@@ -56,7 +56,7 @@ def test_videos_that_break_after_the_scan_are_named_and_replaced_alike(
             run = train(shutil.copytree(world, copy), out, "--workers", workers)
         weights.append(run["model"])
         text = "; ".join({str(warning.message) for warning in caught})
-        for reason in ("No such file", "Invalid data", "asked for, but fewer decode"):
+        for reason in ("No such file", "Invalid data", "only 3 frames decode"):
             assert re.search(rf"/v_\w+.avi[^;]*{reason}", text)
     assert run["step"] == 9
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_before_it_stays(
         return steps[-1]
     steps, objective = [], pretrain.objective
     monkeypatch.setattr(pretrain, "objective", objective_with_nan)
-    with pytest.raises(UserError, match=f"{message}.*checkpoint.pt, if there, is from before"):
+    with pytest.raises(UserError, match=f"{message}.*, if there, (is|are) from before"):
         train(world, tmp_path, "--log-every", log_every)
     assert load_checkpoint(tmp_path)["step"] == 4
 
