@@ -182,23 +182,26 @@ class Videos(torch.utils.data.Dataset):
         self.files = np.array([os.fsencode(split.files.get(path, "")) for path in paths])
         self.shapes = np.array([split.shapes.get(path, (0, 0, 0)) for path in paths])
 
+    def __len__(self):
+        return len(self.files)
+
     def decode(self, v, frames, size, boxes=None):
         """Decode frames of video v -> uint8 (N, 3, H, W)"""
         return decode(os.fsdecode(self.files[v]), frames, size, boxes)
 
+    def first_readable(self, key, read):
+        """Read item `key`, (epoch, number), or the next whose videos decode, up to the tenth.
 
-def first_readable(read, keys):
-    """Read the first key whose videos decode -> the dict read(key), plus failed: earlier errors.
-
-    RuntimeError: no key can be read.
-    """
-    failed = []
-    for key in keys:
-        try:
-            return read(key) | dict(failed=failed)
-        except VideoError as error:
-            failed.append(str(error))
-    raise RuntimeError(f"{len(failed)} items in a row cannot be read: {'; '.join(failed)}")
+        -> the dict read(key, rng, number), plus failed: the errors. RuntimeError: none decodes.
+        """
+        epoch, number = key
+        rng, failed = random.Random(repr((self.seed, epoch, number))), []
+        for n in range(number, number + 10):
+            try:
+                return read(key, rng, n % len(self)) | dict(failed=failed)
+            except VideoError as error:
+                failed.append(str(error))
+        raise RuntimeError(f"{len(failed)} items in a row cannot be read: {'; '.join(failed)}")
 
 
 class Pairs(Videos):
@@ -226,10 +229,7 @@ class Pairs(Videos):
 
         colour (2, n, STEPS, 2); video, pq, order (2,); speed, direction, start of p and q (2, 2).
         """
-        epoch, group = key
-        rng = random.Random(repr((self.seed, epoch, group)))
-        groups = [(group + n) % len(self) for n in range(10)]   # the next one if one fails
-        return first_readable(functools.partial(self.read_group, key, rng), groups)
+        return self.first_readable(key, self.read_group)
 
     def read_group(self, key, rng, group):
         epoch, requested = key
@@ -333,22 +333,16 @@ class Clips(Videos):
         self.labels = np.array([label[path] for path in paths])
         self.T, self.size, self.step, self.seed = T, size, step, seed
 
-    def __len__(self):
-        return len(self.files)
-
     def __getitem__(self, key):
         """-> dict: clips, a list of one uint8 (T, H, W, 3), and tensors with one row:
 
         colour (1, STEPS, 2); label, video (1,).
         """
-        epoch, place = key
-        rng = random.Random(repr((self.seed, epoch, place)))
-        order = epoch_order(self.seed, epoch, len(self)).tolist()
-        # if a video fails, the next one
-        videos = [order[(place + n) % len(self)] for n in range(10)]
-        return first_readable(lambda v: self.read_clip(v, rng), videos)
+        return self.first_readable(key, self.read_clip)
 
-    def read_clip(self, v, rng):
+    def read_clip(self, key, rng, place):
+        epoch, _ = key
+        v = int(epoch_order(self.seed, epoch, len(self))[place])
         length, height, width = self.shapes[v].tolist()
         step = fitting_step(length, self.T, self.step)
         start = rng.randint(0, max(0, length - 1 - step * (self.T - 1)))
@@ -373,9 +367,6 @@ class Windows(Videos):
         self.failed = {v: split.failed[path] for v, path in enumerate(split.paths)
                        if path in split.failed}
         self.T, self.side, self.step, self.windows = T, round(size * 8 / 7), step, windows
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, v):
         """-> v, clips uint8 (windows, T, 3, h, w), reason "". If it failed: v, None, the reason."""
