@@ -5,7 +5,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,21 +109,27 @@ def read_lines(file):
 
 # ---- Folders ----
 
-def find_videos(root):
-    """Find all videos below a folder, following links -> sorted relative paths.
+def walk(root):
+    """Yield each folder below root, following links -> its relative path, those of its files.
 
     OSError: a folder cannot be read.
     """
     def stop(error):
         raise error                                             # os.walk would skip the folder
 
-    paths = []
     for folder, _, names in os.walk(root, onerror=stop, followlinks=True):
-        for name in names:
-            # macOS adds files named ._*
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("._"):
-                paths.append(os.path.relpath(os.path.join(folder, name), root))
-    return sorted(paths)
+        below = os.path.relpath(folder, root)
+        yield below, [os.path.normpath(os.path.join(below, name)) for name in names]
+
+
+def is_video(path):
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._")  # of macOS
+
+
+def find_videos(root):
+    """Find all videos below a folder, following links -> sorted relative paths."""
+    return sorted(path for _, paths in walk(root) for path in paths if is_video(path))
 
 
 def own_folder(dataset, root, part):
@@ -258,8 +264,11 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
     """
     index = Path(index or default_index(split.root))
     entries = json.loads(index.read_text()) if index.exists() else {}
-    stats = {path: file.stat() for path, file in split.files.items() if file.exists()}
-    fingerprints = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    fingerprints = {}
+    for path, file in split.files.items():
+        with suppress(FileNotFoundError):                       # a broken link
+            stat = file.stat()
+            fingerprints[path] = [stat.st_size, stat.st_mtime_ns]
     todo = [path for path in split.files
             if path not in entries or entries[path][0] != fingerprints.get(path)
             or entries[path][4]]                                # an error may not last

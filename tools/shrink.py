@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import UserError, write_text
 from common.distributed import ignore_signals, run
 from common.flags import Formatter, positive_int, usable_cores
-from common.splits import MAX_BAD, find_videos, listed
+from common.splits import MAX_BAD, is_video, listed, walk
 from common.video import VideoError, copy_upright, probe, quarter_turns, read_frames, upright_shape
 
 REPORT, TMP = "shrink.jsonl", ".shrinking-"             # in DST
@@ -125,7 +125,7 @@ def times_of(stamps):
 
 # ---- All files ----
 
-def copy_file(source, target, folder, settings, path, is_video):
+def copy_file(source, target, folder, settings, path):
     """Copy a file by way of `folder`, unless it is done, as the time of its copy shows.
 
     -> frames that are kept of a damaged video, why the copy is not whole or ""
@@ -137,7 +137,7 @@ def copy_file(source, target, folder, settings, path, is_video):
     if copy.exists() and abs(copy.stat().st_mtime_ns - time) < 2e9:
         return 0, ""
     frames, reason = 0, ""
-    if is_video:
+    if is_video(path):
         frames, reason = encode(original, tmp, **settings)
         if not frames:
             return 0, reason
@@ -150,15 +150,14 @@ def copy_file(source, target, folder, settings, path, is_video):
     return frames, reason
 
 
-def copy_files(source, target, settings, files, videos, workers):
+def copy_files(source, target, settings, files, workers):
     """Copy all files in several processes -> {path: (frames, reason)} of those not whole."""
     failed = {}
     with tempfile.TemporaryDirectory(dir=target, prefix=TMP) as folder:
         copy = partial(copy_file, source, target, Path(folder), settings)
         pool = ProcessPoolExecutor(workers, initializer=ignore_signals, initargs=(None,))
         try:
-            results = pool.map(copy, files, [path in videos for path in files])
-            rows = zip(files, results)
+            rows = zip(files, pool.map(copy, files))
             for path, result in tqdm(rows, f"shrink {source.name}", len(files), unit="file"):
                 if result[1]:
                     failed[path] = result
@@ -184,10 +183,9 @@ def prepare(source, target, settings):
         shutil.rmtree(left)
     write_report(target, settings, {})
     paths = []
-    for folder, _, names in os.walk(source, followlinks=True):
-        below = Path(folder).relative_to(source)
-        (target / below).mkdir(exist_ok=True)
-        paths += [str(below / name) for name in names]
+    for folder, files in walk(source):
+        (target / folder).mkdir(exist_ok=True)
+        paths += files
     return sorted(set(paths) - {REPORT})
 
 
@@ -204,8 +202,8 @@ def main(argv=None):
     source, target = Path(args.source).resolve(), Path(args.target).resolve()
     settings = dict(size=args.size, quality=args.quality, intra=args.intra)
     files = prepare(source, target, settings)
-    videos = set(find_videos(source))
-    failed = copy_files(source, target, settings, files, videos, args.workers)
+    videos = set(filter(is_video, files))
+    failed = copy_files(source, target, settings, files, args.workers)
     write_report(target, settings, failed)
     print(f"{target}: {len(videos)} videos, {len(files) - len(videos)} other files")
     if failed:
