@@ -174,8 +174,8 @@ def predict(args, rank, device):
     print(f"{args.checkpoint}: {len(trained['classes'])} classes; as in training, clips of "
           f"{args.frames} frames, {args.step} source frames per step, {args.size} pixels")
 
-    videos = labelled_folder(args.predict, Path(args.predict))
-    split = on_rank0(scan, videos, args.index, args.workers)
+    split = on_rank0(lambda: scan(labelled_folder(args.predict, Path(args.predict)), args.index,
+                                  args.workers))
     scores, failed = probabilities(network, split, args, device)
     if rank:
         return
@@ -189,7 +189,7 @@ def predict(args, rank, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, _, device = init_distributed()
+    rank, device = init_distributed()
     if args.predict:
         predict(args, rank, device)
         return

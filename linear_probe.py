@@ -81,7 +81,7 @@ def fit_and_test(train, test, name, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, _, device = init_distributed()
+    rank, device = init_distributed()
     networks = load_networks(args, device)
 
     # Features

@@ -300,7 +300,7 @@ def next_command(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    _, _, device = init_distributed()
+    _, device = init_distributed()
     torch.manual_seed(args.seed)
     with locked(Path(args.out)):
         train(args, on_rank0(prepare, args), device)

@@ -185,7 +185,7 @@ def print_results(args, results, mean, file):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, _, device = init_distributed()
+    rank, device = init_distributed()
     networks = load_networks(args, device)
 
     # Features

@@ -15,13 +15,12 @@ from common import UserError
 
 
 def init_distributed():
-    """Join torchrun's process group if there is one -> rank, world size, device.
+    """Join torchrun's process group if there is one -> rank, device
 
     NCCL for GPU tensors, gloo for CPU tensors, so that those never wait for a GPU.
     """
     cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    rank, device = int(os.environ.get("RANK", 0)), torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -35,7 +34,7 @@ def init_distributed():
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         patient_group.cache_clear()                         # of a process group that has ended
-    return rank, world, device
+    return rank, device
 
 
 def rank_and_world():
@@ -121,14 +120,14 @@ def run(main):
     script = Path(sys.argv[0]).name
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()                    # after an error it could wait for ever
     except UserError as error:
         sys.exit(1 if int(os.environ.get("LOCAL_RANK", 0)) else f"{script}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted")
     finally:
         end_loader_processes()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def ignore_signals(worker):

@@ -34,7 +34,7 @@ def steps_before_a_wait(monkeypatch, at_step, module, argv):
         modes.enter_context(NoBlockingCopies())         # the model is on the device by now
         return step_loader(*args)
     modes, steps, step_loader = contextlib.ExitStack(), [], module.step_loader
-    monkeypatch.setattr(module, "init_distributed", lambda: (0, 1, torch.device("meta")))
+    monkeypatch.setattr(module, "init_distributed", lambda: (0, torch.device("meta")))
     monkeypatch.setattr(module, "step_loader", watched_loader)
     # torch has no autocast for meta
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())

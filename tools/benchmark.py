@@ -190,7 +190,7 @@ def paper_hours(rate):
 
 def main(argv=None):
     args = parse_args(argv)
-    _, _, device = init_distributed()
+    _, device = init_distributed()
     result = dict(
         machine=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         cores=usable_cores(), torch=torch.__version__, av=av.__version__, settings=vars(args))

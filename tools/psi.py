@@ -187,7 +187,7 @@ def main(argv=None):
     args = parse_args(argv)
     pyplot()                                                    # fail before the work
     picture, args.out = Path(args.out), Path(args.out).parent
-    _, _, device = init_distributed()
+    _, device = init_distributed()
     network = load_network(args)
     models = dict(checkpoint=with_psi(network, args.checkpoint).to(device),
                   random=TimeEquivariant(args.arch, ["equi"]).eval().to(device))
