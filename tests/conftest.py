@@ -4,6 +4,7 @@ Helpers that several test files use are here too: `from conftest import ROOT`.
 """
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,10 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"                             # real videos and lists; may be missing
@@ -140,12 +144,6 @@ def world(tmp_path_factory):
     return write_lists(root, CLASSES, trainlist01=paths[:24], testlist01=paths[24:])
 
 
-@pytest.fixture
-def copy_of_world(world, tmp_path):
-    """The same, to be changed by the test."""
-    return shutil.copytree(world, tmp_path / "copy")
-
-
 def words(world, out, *more):
     """The arguments of a small pre-training."""
     return [str(word) for word in (
@@ -209,6 +207,54 @@ def at_step():
     yield lambda n, action: handles.append(after_step(n, action))
     for handle in handles:
         handle.remove()
+
+
+# ---- A plain training loop ----
+
+def flags_of(given):
+    """{name: value} -> command-line words"""
+    return [str(word) for name, value in given.items()
+            for word in (f"--{name.replace('_', '-')}", *np.ravel(value))]
+
+
+def warmup_and_cosine(lr, warmup, steps):
+    """The learning rate of each step: linear warm-up, then a cosine to 0 (Sec. 3.4)."""
+    up = [lr * (n + 1) / (warmup + 1) for n in range(warmup)]
+    rest = steps - warmup
+    return up + [lr * (1 + math.cos(math.pi * n / rest)) / 2 for n in range(rest)]
+
+
+def plain_training(network, loss_of, rates, weight_decay):
+    """Train with AdamW; loss_of(step) computes the loss of a batch -> the loss of each step"""
+    optimizer = torch.optim.AdamW(network.train().parameters(), weight_decay=weight_decay)
+    values = []
+    for step, lr in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = lr
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
+@pytest.fixture
+def used_rates():
+    """A list of the learning rate at each step of an optimiser in this test."""
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.extend(group["lr"] for group in optimizer.param_groups))
+    yield rates
+    hook.remove()
+
+
+def assert_same_training(log, used, weights, expected_rates, expected_losses, network):
+    """A run's log, rates and weights are those of `plain_training`, but for rounding errors."""
+    assert [line["lr"] for line in log] == pytest.approx(expected_rates, rel=1e-5)
+    assert used[:len(log)] == pytest.approx(expected_rates)     # in the optimiser itself
+    assert [line["loss"] for line in log] == pytest.approx(expected_losses, rel=1e-3)
+    for name, value in network.named_parameters():
+        assert weights[name].norm().item() == pytest.approx(value.norm().item(), 0.01, 1e-4), name
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,13 @@ from data import (
     Pairs,
     Tau,
     Windows,
+    augment,
     colour,
     draw_view,
     eval_windows,
+    id_of,
     normalise,
+    order_of,
     sample_pair,
     sample_tau,
     step_loader,
@@ -87,12 +90,16 @@ def test_pairs_lie_anywhere_in_a_video_however_short_the_other_one_is():
 
 
 def test_labels_are_those_of_the_transformations():
-    for _, pairs, labels in draws(2000):
+    before, after = defaultdict(set), defaultdict(set)
+    for _, pairs, labels in draws(8000, high=80):
         for pair in pairs:
             assert [SPEEDS[k] for k in labels["speed"]] == [tau.speed for tau in pair]
             assert [bool(k) for k in labels["direction"]] == [tau.reverse for tau in pair]
             p, q = (set(range(min(tau.frames()), max(tau.frames()) + 1)) for tau in pair)
             assert labels["order"] == (2 if p & q else 0 if max(p) < min(q) else 1)
+            before[max(p) - min(q)].add(labels["order"])
+            after[max(q) - min(p)].add(labels["order"])
+    assert (before[-1], before[0], after[-1], after[0]) == ({0}, {2}, {1}, {2})     # they touch
 
 
 def test_pq_is_equal_exactly_where_the_relative_transformations_are():
@@ -101,19 +108,6 @@ def test_pq_is_equal_exactly_where_the_relative_transformations_are():
     assert len(seen) == len(numbers) == len(transformations) < 4000
     for _, _, labels in draws(100, 2_000_000, 2_592_000):       # a day of video
         assert torch.tensor(labels["pq"], dtype=torch.int64).item() == labels["pq"]
-
-
-@pytest.mark.parametrize("p, q, order", [               # start and speed
-    ((0, 1), (16, 1), 0), ((16, 1), (0, 1), 1), ((0, 8), (150, 1), 0), ((150, 1), (0, 8), 1),
-    ((0, 1), (15, 1), 2), ((15, 1), (0, 1), 2),         # they touch at one frame
-    ((0, 8), (1, 1), 2), ((0, 8), (1, 8), 2), ((3, 1), (3, 1), 2)])     # some, no, all in common
-def test_order_is_that_of_the_intervals_whatever_the_direction(monkeypatch, p, q, order):
-    for reverse in itertools.product([False, True], repeat=2):
-        taus = [Tau(*p, reverse[0]), Tau(*q, reverse[1])]
-        monkeypatch.setattr(data, "sample_tau", lambda *_: taus.pop(0))
-        pairs, labels = sample_pair([200, 300], rng=random.Random(0))
-        assert labels["order"] == order and labels["direction"] == [int(r) for r in reverse]
-        assert relative(*pairs[0]) == (p[1], reverse[0], q[1], reverse[1], q[0] - p[0])
 
 
 @pytest.mark.parametrize("length", [16, 30, 31, 60, 61, 120, 121, 400])
@@ -136,6 +130,7 @@ def test_starts_and_directions_are_uniform():
 def test_a_video_of_just_enough_frames_is_used_whole_and_a_shorter_one_is_refused():
     pairs, labels = sample_pair([16, 400])
     assert (pairs[0][0].start, pairs[0][1].start, labels["order"]) == (0, 0, 2)
+    assert sample_tau(31, speeds=(2,)).end() == 30
     with pytest.raises(ValueError, match="15 frames"):
         sample_pair([400, 15])
 
@@ -183,8 +178,19 @@ def test_views_and_colours_depend_on_their_seeds_alone_and_no_other_random_numbe
     torch.manual_seed(1)
     assert views == [draw_view(240, 320, seed) for seed in range(50)] and len(set(views)) == 50
     assert torch.equal(drawn, colours(range(50)))
-    both = colour(pictures(50), drawn)
-    assert torch.equal(both[[7, 3]], colour(pictures(50)[[7, 3]], drawn[[7, 3]]))   # any batch
+
+
+def test_each_clip_has_its_own_colour_whatever_the_size_of_the_batch():
+    small, large = pictures(50), torch.randint(256, (3, 16, 128, 128, 3), dtype=torch.uint8)
+    for clips in (small, large):                                # the large ones one by one
+        drawn = colours(range(len(clips)))
+        for clip, one, expected in zip(clips, drawn, colour(clips, drawn)):
+            assert torch.equal(expected, colour(clip[None], one[None])[0])
+    still = small[:1, :1].expand(20, -1, -1, -1, -1)
+    assert len(colour(still, colours(range(20))).unique(dim=0)) > 12        # 16 % keep theirs
+    pairs = small[:12].unflatten(0, (6, 2))
+    both = augment(pairs, colours(range(12)).unflatten(0, (6, 2)))
+    assert torch.equal(both.flatten(0, 1), colour(small[:12], colours(range(12))))
 
 
 def test_boxes_have_the_areas_and_aspect_ratios_asked_for():
@@ -201,13 +207,6 @@ def test_boxes_lie_in_pictures_of_any_shape(shape):
         top, left, height, width = draw_view(*shape, seed)[0]
         assert min(height, width) > 0 and min(top, left) >= 0
         assert max(top + height, left + width) <= 1 + 1e-9
-
-
-def test_colour_is_constant_over_a_clip_and_differs_between_clips():
-    still = pictures(1, T=1).expand(20, 6, -1, -1, -1)
-    jittered = colour(still, colours(range(20)))
-    assert torch.equal(jittered, jittered[:, :, :1].expand_as(jittered))
-    assert len({clip.numpy().tobytes() for clip in jittered}) > 12          # 16 % keep theirs
 
 
 def test_colours_are_torchvisions_for_the_same_seed():
@@ -303,22 +302,6 @@ def test_epochs_and_seeds_draw_anew(videos, seeds_as_colours, kind, items, steps
     assert len(seeds.unique()) == len(seeds)                    # one for each clip ever shown
 
 
-def test_batches_hold_what_the_network_and_the_losses_expect(videos):
-    (batch,) = batches(dataset(videos), 0, 1, items=3)
-    shapes = dict(
-        clips=(6, 2, 8, 16, 16, 3), colour=(6, 2, 5, 2), video=(6,), pq=(6,), order=(6,),
-        speed=(6, 2), direction=(6, 2), start=(6, 2))
-    assert {name: tuple(value.shape) for name, value in batch.items()} == shapes
-    types = dict(clips=torch.uint8, colour=torch.float32)
-    for name, value in batch.items():
-        assert value.dtype == types.get(name, torch.int64)
-    for name in ("pq", "speed", "direction", "order"):
-        assert torch.equal(batch[name][0::2], batch[name][1::2])            # the group's
-    (batch,) = batches(dataset(videos, Clips), 0, 1, items=3)
-    shapes = dict(clips=(3, 8, 16, 16, 3), colour=(3, 5, 2), label=(3,), video=(3,))
-    assert {name: tuple(value.shape) for name, value in batch.items()} == shapes
-
-
 @pytest.mark.parametrize("n", [2, 4])                           # 4: p, q, both again: Fig. 5
 def test_clips_show_the_frames_of_tau_each_in_a_view_of_its_own(
         videos, monkeypatch, seeds_as_colours, n):
@@ -337,21 +320,33 @@ def test_clips_show_the_frames_of_tau_each_in_a_view_of_its_own(
     assert batch["start"].tolist() == [[p.start, q.start] for p, q in taus]
     assert [[pairs.speeds[k] for k in row] for row in batch["speed"].tolist()] == [
         [p.speed, q.speed] for p, q in taus]
+    assert batch["direction"].tolist() == [[p.reverse, q.reverse] for p, q in taus]
+    assert batch["order"].tolist() == [order_of(*pair, 8) for pair in taus]
+    assert batch["pq"].tolist() == [id_of(*pair) for pair in taus]
     assert {flip for _, _, views in calls for _, flip in views} == {False, True}
 
 
-def test_clips_for_fine_tuning_are_labelled_and_play_forwards_at_the_step_that_fits(
+def test_clips_for_fine_tuning_are_labelled_and_lie_anywhere_at_the_step_that_fits(
         videos, monkeypatch):
-    asked = []
+    asked, starts = [], defaultdict(set)
     monkeypatch.setattr(
-        data, "decode", lambda *args: asked.append(args) or torch.zeros(8, 3, 16, 16))
-    (batch,) = batches(dataset(videos, Clips), 0, 1, items=13)
-    for (file, frames, _, boxes), label in zip(asked, batch["label"].tolist(), strict=True):
+        data, "decode", lambda *args: asked.append(args) or torch.arange(16).expand(8, 3, 16, 16))
+    split = scan(load_split("folder", videos))
+    drawn = batches(Clips(split, split.paths[:6], 8, 16), 0, 200, items=6)
+    labels = [label for batch in drawn for label in batch["label"].tolist()]
+    clips = [clip for batch in drawn for clip in batch["clips"]]
+    flips = Counter(clip[0, 0, 0, 0].item() for clip in clips)
+    assert flips.keys() == {0, 15} and uniform(list(flips.elements()), [0, 15])
+    for (file, frames, size, boxes), label in zip(asked, labels, strict=True):
         path = str(Path(file).relative_to(videos))
         step = min(4, (LENGTHS[path] - 1) // 7)
-        assert path.startswith(["run", "walk"][label]) and len(set(boxes)) == 1
-        assert frames == [frames[0] + step * t for t in range(8)]
-        assert 0 <= frames[0] and frames[-1] < LENGTHS[path]
+        assert path.startswith(["run", "walk"][label]) and size == 16
+        assert frames == [frames[0] + step * t for t in range(8)] and len(set(boxes)) == 1
+        starts[path].add(frames[0])
+    assert len({boxes[0] for *_, boxes in asked}) > 1000        # each clip has its own
+    for path, seen in starts.items():
+        last = LENGTHS[path] - 1 - 7 * min(4, (LENGTHS[path] - 1) // 7)
+        assert seen == {*range(last + 1)}
 
 
 @pytest.mark.parametrize("kind", [Pairs, Clips])

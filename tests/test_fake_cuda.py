@@ -4,7 +4,6 @@ On it, whatever needs a value, and so would wait, raises an error. Not seen: the
 matrix products of tensors on two devices, NCCL; tests/test_cuda.py sees them where there is a GPU.
 """
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from conftest import evaluation_words, words
 
 import finetune
 import pretrain
-from common import training
 
 
 class NoBlockingCopies(torch.overrides.TorchFunctionMode):
@@ -21,15 +19,15 @@ class NoBlockingCopies(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        makers = torch.tensor, torch.as_tensor, torch.Tensor.new_tensor
-        if result is not None and function in (*makers, torch.Tensor.to) and result.is_meta:
-            assert function is torch.Tensor.to, f"{function} copies and waits"
+        if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            assert not result.is_meta, f"{function} copies and waits"
+        if function is torch.Tensor.to and result.is_meta:
             assert args[0].is_meta or kwargs.get("non_blocking"), "a copy waits"
         return result
 
 
 def steps_before_a_wait(monkeypatch, at_step, module, argv):
-    """Run a script on device meta until something needs a value -> steps taken, its traceback"""
+    """Run a script on device meta until something needs a value -> steps taken"""
     def watched_loader(*args):
         modes.enter_context(NoBlockingCopies())         # the model is on the device by now
         return step_loader(*args)
@@ -40,9 +38,9 @@ def steps_before_a_wait(monkeypatch, at_step, module, argv):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     for n in (1, 2):
         at_step(n, lambda: steps.append(None))
-    with modes, pytest.raises((RuntimeError, AssertionError)) as caught:
+    with modes, pytest.raises((RuntimeError, AssertionError)):
         module.main(argv)
-    return len(steps), [entry.path for entry in caught.traceback]
+    return len(steps)
 
 
 @pytest.mark.parametrize("script, more", [
@@ -53,36 +51,26 @@ def test_steps_between_log_lines_do_not_wait(
     argv = words(world, tmp_path, "--log-every", 2, "--save-every", 1000, *more)
     if script is finetune:
         argv = evaluation_words("finetune", world, whole, tmp_path, "--log-every", 2, *more)
-    steps, files = steps_before_a_wait(monkeypatch, at_step, script, argv)
-    assert steps == 2 and Path(training.__file__) in files          # the line of the log is due
+    # then the line of the log is due
+    assert steps_before_a_wait(monkeypatch, at_step, script, argv) == 2
 
 
 def number(x):
     return x * x.sum().item()
 
 
-def branch(x):
-    return x if x.isfinite().all() else -x
-
-
-def other_device(x):
-    return x * torch.ones(x.shape)
-
-
-def copy_back(x):
-    return x.cpu().to(x.device)
-
-
 def python_number(x):
     return x * torch.tensor(2.0, device=x.device)
 
 
-@pytest.mark.parametrize("fault", [number, branch, other_device, copy_back, python_number])
-def test_planted_faults_are_caught(world, tmp_path, monkeypatch, at_step, fault):
+def blocking_copy(x):
+    return x * torch.ones(1).to(x.device)
+
+
+@pytest.mark.parametrize("fault", [number, python_number, blocking_copy])
+def test_planted_waits_are_caught(world, tmp_path, monkeypatch, at_step, fault):
     def faulty(out, *args):
         return objective(out | dict(phi=fault(out["phi"])), *args)
     objective = pretrain.objective
     monkeypatch.setattr(pretrain, "objective", faulty)
-    argv = words(world, tmp_path, "--log-every", 2, "--save-every", 1000)
-    steps, files = steps_before_a_wait(monkeypatch, at_step, pretrain, argv)
-    assert steps == 0 and Path(__file__) in files
+    assert steps_before_a_wait(monkeypatch, at_step, pretrain, words(world, tmp_path)) == 0

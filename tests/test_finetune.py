@@ -4,27 +4,38 @@ import os
 import shutil
 import signal
 from argparse import Namespace
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     CPU,
-    TINY_CLASSES,
+    SHARP,
+    assert_same_training,
     fails,
+    flags_of,
+    noisy,
     official,
+    plain_training,
     probe,
     read_rows,
     retrieve,
     save_backbone,
     spy_predictions,
+    tiny_words,
     tune,
+    warmup_and_cosine,
+    write_video,
 )
 
 import finetune
+import models
 from common import UserError
-from common.evaluation import average_crops
+from common.evaluation import average_crops, load_parts
 from common.splits import load_split, scan
+from data import Clips, collate, colour
 from models import classifier, load_backbone, new_backbone
 
 CHECKPOINT = "finetune-ucf101-2x-1/checkpoint.pt"
@@ -48,10 +59,57 @@ def weights(out):
 
 # ---- Training and testing ----
 
-def test_fine_tuning_changes_every_layer(checkpoint, tuned):
-    before, after = torch.load(checkpoint, weights_only=True)["backbone"], weights(tuned[0])
-    for name, value in before.items():
-        assert value.numel() == 1 or not value.equal(after[f"backbone.{name}"])
+def test_a_run_equals_a_plain_loop_over_labelled_clips(tiny, checkpoint, tmp_path, used_rates):
+    given = dict(epochs=3, batch_size=7, lr=1e-4, weight_decay=300.0, warmup_epochs=1.5, frames=5,
+                 size=20, seed=7, step=3, log_every=1)      # none is a default
+    finetune.main(tiny_words(tiny, checkpoint, tmp_path, *flags_of(given)))
+    folder = tmp_path / "finetune-ucf101-3x-1"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+    split = scan(load_split("ucf101", tiny / "UCF-101"))
+    clips, right = Clips(split, split.paths, 5, 20, 3, 7), []
+    torch.manual_seed(7)
+    layers = OrderedDict(backbone=load_backbone(checkpoint), fc=torch.nn.Linear(128, 3))
+    network = torch.nn.Sequential(layers)
+
+    def loss_of(step):
+        epoch, half = divmod(step, 2)                       # of 18 videos, 4 are left over
+        batch = collate([clips[epoch, place] for place in range(7 * half, 7 * half + 7)])
+        logits = network(colour(batch["clips"], batch["colour"]))
+        right.append((logits.argmax(1) == batch["label"]).float().mean().item())
+        return F.cross_entropy(logits, batch["label"])
+    rates = warmup_and_cosine(1e-4, 3, 6)
+    values = plain_training(network, loss_of, rates, 300.0)
+    log = read_rows(folder / "log.jsonl")
+    assert_same_training(log, used_rates, state, rates, values, network)
+    assert [line["train_acc"] for line in log] == pytest.approx(right, rel=1e-5)
+    assert [line["epoch"] for line in log] == [0.5, 1, 1.5, 2, 2.5, 3]
+
+
+def test_videos_of_fewer_frames_than_a_clip_are_trained_on(tiny_copy, checkpoint, tmp_path, capsys):
+    path = official(1, "train")[0]
+    write_video(tiny_copy / "UCF-101" / path, noisy(0, 0)[:3], **SHARP)
+    tune(tiny_copy, checkpoint, tmp_path, "--epochs", 1, "--batch-size", 18)
+    assert "18 usable" in capsys.readouterr().err
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_network_computes_in_the_precision_of_amp(
+        tiny, checkpoint, tmp_path, monkeypatch, amp, dtype):
+    class Head(torch.nn.Linear):
+        def forward(self, x):
+            assert x.dtype == torch.float32 and super().forward(x).dtype == dtype
+            raise Reached
+    monkeypatch.setattr(models.nn, "Linear", Head)
+    args = finetune.parse_args(tiny_words(tiny, checkpoint, tmp_path, "--batch-size", 6))
+    args.amp = amp                                          # a CPU refuses the flag
+    train, test = load_parts(args, ("train", "test"))[0]
+    with pytest.raises(Reached):
+        finetune.run_split(args, 1, train, test, CPU)
 
 
 def test_the_test_uses_the_weights_of_the_last_epoch(tiny, tuned):
@@ -105,6 +163,9 @@ def test_several_splits_are_averaged_and_finished_ones_are_kept(tiny, checkpoint
     results = [evaluate(tiny, checkpoint, tmp_path, "--split", 1, 2) for evaluate in (tune, probe)]
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert results[0]["splits"][0] == tuned[1]["splits"][0]
+    rows = read_rows(tmp_path / PREDICTIONS)
+    assert [(row["split"], row["path"]) for row in rows] == [
+        (number, path) for number in (1, 2) for path in official(number, "test")]
     for result in results:
         assert [split["split"] for split in result["splits"]] == [1, 2]
         assert [split["test"]["expected"] for split in result["splits"]] == [9, 6]
@@ -126,37 +187,25 @@ def test_fine_tuning_from_scratch_is_reported_as_randomly_initialised(tiny, tmp_
 
 # ---- Predictions ----
 
-def test_each_test_video_has_a_line_with_its_probabilities_best_first(tuned):
-    out, result, scores = tuned
-    rows = read_rows(out / PREDICTIONS)
-    assert [row["path"] for row in rows] == official(1, "test")
-    for row, score in zip(rows, scores.numpy()):
-        assert row["label"] == row["path"].split("/")[0]
-        assert row["predicted"] == TINY_CLASSES[score.argmax()]
-        assert list(row["probabilities"]) == [TINY_CLASSES[k] for k in np.argsort(-score)]
-        values = list(row["probabilities"].values())
-        assert values == pytest.approx(np.sort(score)[::-1].tolist(), abs=1e-4)
-    right = [row["predicted"] == row["label"] for row in rows]
-    assert np.mean(right) == result["top1"]["checkpoint"]
-
-
 def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
         tiny, tuned, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "folder" / "below"
-    folder.mkdir(parents=True)
-    for n, path in enumerate(official(1, "test")):
-        shutil.copy(tiny / "UCF-101" / path, folder / f"{n}.avi")
-    (folder / "broken.avi").write_bytes(b"no video")
+    folder = tmp_path / "folder"
+    for n, path in enumerate(official(1, "test")):          # class folders of its own
+        (folder / str(n % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / "UCF-101" / path, folder / str(n % 2) / f"{n}.avi")
+    (folder / "1" / "broken.avi").write_bytes(b"no video")
     finetune.main([str(word) for word in (                  # --frames, --size, --step: the file's
-        "--predict", folder.parent, "--checkpoint", tuned[0] / CHECKPOINT, "--windows", 2,
+        "--predict", folder, "--checkpoint", tuned[0] / CHECKPOINT, "--windows", 2,
         "--crops", "centre", "--amp", "off", "--workers", 0, "--out", tmp_path / "new")])
     rows = {row["path"]: row for row in read_rows(tmp_path / "new" / "predictions.jsonl")}
     assert len(rows) == 10
     for n, row in enumerate(read_rows(tuned[0] / PREDICTIONS)):
-        assert rows[f"below/{n}.avi"]["probabilities"] == row["probabilities"]
-    broken = rows["below/broken.avi"]
+        predicted = rows[f"{n % 2}/{n}.avi"]
+        assert predicted["probabilities"] == row["probabilities"]
+        assert predicted["label"] == str(n % 2)
+    broken = rows["1/broken.avi"]
     assert broken["predicted"] is None and broken["problem"].startswith("Invalid data")
-    sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: below/broken.avi"
+    sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: 1/broken.avi"
     assert sentence in capsys.readouterr().out
 
 

@@ -1,9 +1,19 @@
-"""linear_probe.py: its numbers are scikit-learn's, and the test set changes none of its choices."""
+"""linear_probe.py: its numbers are scikit-learn's, its choices are made on the training set."""
 from argparse import Namespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_CLASSES, by_hand, probe, read_rows, run_python, tiny_words
+from conftest import (
+    ROOT,
+    TINY_CLASSES,
+    by_hand,
+    official,
+    probe,
+    read_rows,
+    run_python,
+    tiny_words,
+    write_lists,
+)
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -14,94 +24,99 @@ from common.evaluation import Features
 from common.splits import LISTS, Split, sources
 
 
-def new_svm(C=1e-3):
-    return make_pipeline(StandardScaler(), LinearSVC(C=C, random_state=0))
+def new_svm(C=1e-3, seed=0):
+    return make_pipeline(StandardScaler(), LinearSVC(C=C, random_state=seed, max_iter=10000))
 
 
-def new_features(x, labels, classes, paths=None):
-    """Features of readable videos, as `extract` returns them for one network."""
+def new_features(x, labels, classes, paths=None, failed=()):
+    """Features x of the network "net", as `extract` returns them; failed: unreadable videos."""
     paths = paths or [f"{n}.avi" for n in range(len(labels))]
-    return Features(Split("", None, paths, list(labels), list(classes), {}), {"net": x}, {})
-
-
-def train_and_test(arrays):
-    """The arrays of retrieval as Features of the training and the test set."""
-    for side in ("gallery", "query"):
-        labels = [TINY_CLASSES.index(name) for name in arrays[f"{side}_classes"]]
-        x, paths = arrays[f"{side}_features"].copy(), arrays[f"{side}_paths"].tolist()
-        yield new_features(x, labels, TINY_CLASSES, paths)
+    x[list(failed)] = np.nan
+    split = Split("", None, paths, list(labels), list(classes), {})
+    return Features(split, {"another": -x, "net": x}, {paths[n]: "a reason" for n in failed})
 
 
 # ---- The classifier ----
 
-def test_the_svm_equals_scikit_learns_on_the_same_features(probed, retrieved):
-    right = by_hand(retrieved[1])
-    assert probed["top1"]["checkpoint"] == np.mean([*right.values()])
+def test_figures_and_lines_are_those_of_scikit_learn(tiny, checkpoint, retrieved, tmp_path):
+    result, right = probe(tiny, checkpoint, tmp_path), by_hand(retrieved[1])
+    assert result["top1"]["checkpoint"] == np.mean([*right.values()])
     for name in TINY_CLASSES:
         accuracy = np.mean([ok for path, ok in right.items() if path.startswith(name)])
-        assert probed["splits"][0]["checkpoint"]["per_class"][name] == accuracy
-    assert probed["chance"] == 1 / 3
-
-
-@pytest.mark.parametrize("trained", [[0, 2], [0, 1, 2]])
-def test_two_or_more_classes_have_values_and_one_without_training_videos_has_none(trained):
-    rng = np.random.default_rng(0)
-    y, test_y = np.repeat(trained, 6), np.arange(9) % 3
-    x = rng.normal(size=(len(y), 4)) + y[:, None]
-    test_x = rng.normal(size=(9, 4)) + test_y[:, None]
-    args = Namespace(dataset="folder", C=1e-3, seed=0, workers=0)
-    train, test = new_features(x, y, "abc"), new_features(test_x, test_y, "abc")
-    result, values = linear_probe.fit_and_test(train, test, "net", args)
-    svm = new_svm().fit(x, y)
-    predicted = values.argmax(axis=1).tolist()
-    assert predicted == svm.predict(test_x).tolist() and len(set(predicted)) > 1
-    assert result["top1"] == svm.score(test_x, test_y)
-    assert [k for k in range(3) if np.isfinite(values[:, k]).all()] == trained
-
-
-def test_each_test_video_has_a_line_with_its_decision_values_best_first(
-        tiny, checkpoint, retrieved, tmp_path):
-    probe(tiny, checkpoint, tmp_path)
+        assert result["splits"][0]["checkpoint"]["per_class"][name] == accuracy
     rows = read_rows(tmp_path / "linear_probe-ucf101-predictions.jsonl")
-    right = {row["path"]: row["predicted"] == row["label"] for row in rows}
-    assert right == by_hand(retrieved[1])
+    assert {row["path"]: row["predicted"] == row["label"] for row in rows} == right
     for row in rows:
         values = list(row["decision values"].values())
         assert values == sorted(values, reverse=True)
         assert next(iter(row["decision values"])) == row["predicted"]
 
 
-# ---- Choices made on the training set ----
+@pytest.mark.parametrize("trained", [[0, 2], [0, 1, 2]])
+def test_two_or_more_classes_have_values_and_one_without_training_videos_has_none(trained):
+    rng = np.random.default_rng(0)
 
-@pytest.mark.parametrize("C", [1e-3, "auto"])
-def test_the_test_set_changes_neither_statistics_nor_C_nor_other_predictions(retrieved, C):
-    args = Namespace(dataset="ucf101", C=C, seed=0, workers=0)
-    train, test = train_and_test(retrieved[1])
-    before, _ = linear_probe.fit_and_test(train, test, "net", args)
-    test.x["net"][:3] *= 1e4                                # all three of the first class
-    after, _ = linear_probe.fit_and_test(train, test, "net", args)
-    assert after["C"] == before["C"]
-    for name in TINY_CLASSES[1:]:
-        assert after["per_class"][name] == before["per_class"][name]
+    def draw(labels):                                       # liblinear takes 1000 steps and more
+        x = rng.normal(size=(len(labels), 1)) + 0.05 * rng.normal(size=(len(labels), 40))
+        return x + labels[:, None] / 100
+
+    y, test_y = np.repeat(trained, 6), np.arange(12) % 3
+    x, test_x = draw(y), draw(test_y)
+    train = new_features(x, y, "abc", failed=[4])
+    test = new_features(test_x, test_y, "abc", failed=[0, 1])
+    args = Namespace(dataset="folder", C=1, seed=3, workers=0)
+    result, values = linear_probe.fit_and_test(train, test, "net", args)
+    svm = new_svm(C=1, seed=3).fit(np.delete(x, 4, axis=0), np.delete(y, 4))
+    expected = svm.decision_function(test_x[2:])
+    if len(trained) == 2:
+        expected = np.stack([-expected, expected], axis=1)
+    assert np.array_equal(values[2:, trained], expected) and np.isnan(values[:2]).all()
+    assert np.all(np.delete(values[2:], trained, axis=1) == -np.inf)
+    assert result["top1"] == (svm.predict(test_x[2:]) == test_y[2:]).sum() / 12
 
 
-def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(retrieved, monkeypatch):
-    folds = []
+def test_splits_are_averaged_and_chance_is_the_most_frequent_class_of_the_test_set(
+        tiny, checkpoint, tmp_path):
+    lists = {f"{part}list{number:02d}": official(number, part)
+             for number in (1, 2) for part in ("train", "test")}
+    lists["testlist01"] = lists["testlist01"][:4]           # three of one class, one of another
+    result = probe(tiny, checkpoint, tmp_path, "--split", 1, 2, "--annotations",
+                   write_lists(tmp_path / "lists", TINY_CLASSES, **lists))
+    one, two = result["splits"]
+    assert (one["chance"], two["chance"], result["chance"]) == (3 / 4, 1 / 3, (3 / 4 + 1 / 3) / 2)
+    for name in ("checkpoint", "random"):
+        assert result["top1"][name] == (one[name]["top1"] + two[name]["top1"]) / 2
+    rows = read_rows(tmp_path / "linear_probe-ucf101-predictions.jsonl")
+    assert [row["split"] for row in rows] == [1] * 4 + [2] * 6
 
-    class Spy(linear_probe.StratifiedGroupKFold):
-        def split(self, X, y=None, groups=None):
-            folds.extend(super().split(X, y, groups))
-            return iter(folds[-self.n_splits:])
 
-    monkeypatch.setattr(linear_probe, "StratifiedGroupKFold", Spy)
-    train, test = train_and_test(retrieved[1])
-    args = Namespace(dataset="ucf101", C="auto", seed=0, workers=1)
-    result, _ = linear_probe.fit_and_test(train, test, "net", args)
-    groups = np.array([path.rsplit("_", 1)[0] for path in train.split.paths])   # nine of two clips
-    held_out = np.concatenate([held for _, held in folds])
-    assert len(folds) == 5 and sorted(held_out) == list(range(18))
+# ---- --C auto ----
+
+@pytest.mark.parametrize("videos, number", [
+    (range(18), 5),
+    ([0, 1, 2, 3, 6, 7, 8, 9], 4)])                         # of two classes with two groups each
+def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
+        retrieved, monkeypatch, videos, number):
+    split, folds = linear_probe.StratifiedGroupKFold.split, []
+
+    def spy(*args, **kwargs):
+        folds.extend(split(*args, **kwargs))
+        return iter(folds)
+
+    monkeypatch.setattr(linear_probe.StratifiedGroupKFold, "split", spy)
+    x = retrieved[1]["gallery_features"][videos]
+    paths = retrieved[1]["gallery_paths"][videos].tolist()
+    labels = [TINY_CLASSES.index(path.split("/")[0]) for path in paths]
+    if number == 4:                                         # features that need the largest C
+        z = np.random.default_rng(0).normal(size=8)
+        x = np.stack([z, z + np.array(labels) / 2], axis=1)
+    train = new_features(x, labels, TINY_CLASSES, paths)
+    args = Namespace(dataset="ucf101", C="auto", seed=0, workers=0)
+    result, _ = linear_probe.fit_and_test(train, train, "net", args)
+    groups = np.array([path.rsplit("_", 1)[0] for path in paths])
+    assert len(folds) == number and sum(len(held) for _, held in folds) == len(paths)
     assert not any(set(groups[kept]) & set(groups[held]) for kept, held in folds)
-    accuracy = {C: cross_val_score(new_svm(C), train.x["net"], train.split.labels, cv=folds).mean()
+    accuracy = {C: cross_val_score(new_svm(C), x, labels, cv=folds).mean()
                 for C in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
     assert result["C"] == pytest.approx(max(accuracy, key=accuracy.get))
 
@@ -127,20 +142,8 @@ def test_a_path_names_its_source(dataset, path, source):
     assert sources(dataset, [path]) == [source]
 
 
-def official_paths(annotations, dataset, number, part="train"):
-    rows, _ = LISTS[dataset](annotations, annotations / dataset, number, part)
-    return [path for path, _ in rows]
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_ucf101_has_25_sources_a_class_and_none_in_both_training_and_test_set(shared, number):
-    train, test = (set(sources("ucf101", official_paths(
-        shared / "annotations", "ucf101", number, part))) for part in ("train", "test"))
-    assert len(train) == 101 * 18 and len(test) == 101 * 7 and not train & test
-
-
-@pytest.mark.parametrize("dataset, least, most", [("hmdb51", 500, 3000), ("diving48", 50, 100)])
-def test_every_official_path_names_its_source(shared, dataset, least, most):
-    paths = official_paths(shared / "annotations", dataset, 1)
-    films = set(sources(dataset, paths))
-    assert least < len(films) < most and not films & set(paths)         # of 3570 and 15027 videos
+@pytest.mark.parametrize("dataset, least, most", [
+    ("ucf101", 101 * 18, 101 * 18), ("hmdb51", 500, 3000), ("diving48", 50, 100)])
+def test_the_official_training_videos_have_so_many_sources(shared, dataset, least, most):
+    rows, _ = LISTS[dataset](shared / "annotations", shared / "annotations" / dataset, 1, "train")
+    assert least <= len(set(sources(dataset, [path for path, _ in rows]))) <= most

@@ -1,28 +1,107 @@
-"""pretrain.py from video files to checkpoint: what it learns and what it writes."""
+"""pretrain.py: a run equals a plain loop over the equations; what it learns, logs and writes."""
+import shlex
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
+    CPU,
     ROOT,
     SHARP,
     TORCHRUN,
+    assert_same_training,
+    drifting,
     fails,
+    flags_of,
     load_checkpoint,
     log_lines,
+    plain_training,
     train,
+    warmup_and_cosine,
     words,
     write_lists,
     write_video,
 )
 
+import linear_probe
 import pretrain
+import retrieval
+from common.splits import load_split, scan
 from common.training import warmup_cosine
-from common.video import decode
+from data import Pairs, augment, collate
+from losses import loss_distinct, loss_equi, loss_inst
 from models import LOSSES, TimeEquivariant, load_backbone
 
+# ---- A run equals a plain loop (Sec. 3, Table 1, Fig. 5) ----
+
+GIVEN = dict(epochs=3, batch_size=10, lr=1e-4, weight_decay=300.0, warmup_epochs=1.5, lam=0.3,
+             speeds=[1, 3], frames=5, size=20, seed=7)      # none is a default
+CASES = {                                                   # flags -> losses, equivariance, clips
+    "": (LOSSES, "temporal", 2),
+    "--losses equi inst --equivariance spatial": (("inst", "equi"), "spatial", 2),
+    "--equivariance both": (LOSSES, "both", 2),
+    "--losses inst distinct speed order": (("inst", "speed", "order", "distinct"), "temporal", 4)}
+
+
+def sum_of_terms(out, batch):
+    """Table 1's sum; rows are clips p of all videos, then clips q."""
+    video, pq = batch["video"], batch["pq"]
+    B, terms = len(video), []
+    if "phi" in out:
+        phi, p = out["phi"].transpose(0, 1).flatten(0, 1), torch.tensor([0, 1])
+        terms.append(loss_inst(phi, video.repeat(2), p.repeat_interleave(B), lam=0.3))
+    if "psi" in out:
+        terms.append(loss_equi(out["psi"], video, pq, lam=0.3))
+    if "chi" in out:                                        # p, q under σ_0, p, q under σ_1
+        chi = out["chi"].transpose(0, 1).flatten(0, 1)
+        p = torch.tensor([0, 1, 0, 1]).repeat_interleave(B)
+        s = torch.tensor([0, 0, 1, 1]).repeat_interleave(B)
+        terms.append(loss_distinct(chi, video.repeat(4), p, s, lam=0.3))
+    for k, task in ((0, "speed"), (1, "speed"), (0, "direction"), (1, "direction")):
+        if task in out:                                     # the mean over p and q
+            terms.append(F.cross_entropy(out[task][:, k], batch[task][:, k]) / 2)
+    if "order" in out:
+        terms.append(F.cross_entropy(out["order"], batch["order"]))
+    return sum(terms)
+
+
+@pytest.mark.parametrize("flags", CASES)
+def test_a_run_equals_a_plain_loop_over_the_equations(world, tmp_path, used_rates, flags):
+    losses, equivariance, clips = CASES[flags]
+    state = train(world, tmp_path, *flags_of(GIVEN), *flags.split())["model"]
+
+    split = scan(load_split("ucf101", world / "videos", world))
+    pairs = Pairs(split, split.paths, 5, 20, [1, 3], 7, equivariance, clips)
+    torch.manual_seed(7)
+    network = TimeEquivariant("r3d18_narrow", losses, speeds=2)
+
+    def loss_of(step):
+        epoch, half = divmod(step, 2)                       # of 12 groups, 2 are left over
+        batch = collate([pairs[epoch, group] for group in range(5 * half, 5 * half + 5)])
+        return sum_of_terms(network(augment(batch["clips"], batch["colour"])), batch)
+    rates = warmup_and_cosine(1e-4, 3, 6)
+    values = plain_training(network, loss_of, rates, 300.0)
+    assert_same_training(log_lines(tmp_path), used_rates, state, rates, values, network)
+
+
+def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    schedule, rates = warmup_cosine(optimizer, 10, 110), []
+    for _ in range(110):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert np.allclose(np.diff(rates[:11]), 3e-4 / 11)      # linear, from above 0 ...
+    assert max(rates) == rates[10] == pytest.approx(3e-4)   # ... to the peak
+    assert np.allclose(rates[10:], 1.5e-4 * (1 + np.cos(np.pi * np.arange(100) / 100)))
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+
+
+# ---- What it learns ----
 
 def ramp(rng, n=120, side=32):
     """A texture that brightens steadily -> uint8 (n, side, side, 3)
@@ -34,89 +113,96 @@ def ramp(rng, n=120, side=32):
     return frames.clip(0, 255).astype(np.uint8).repeat(3, 3)
 
 
-@pytest.fixture(scope="module")
-def ramps(tmp_path_factory):
-    """Two folders of videos: ramps, and the same with their frames in random order."""
-    root, rng = tmp_path_factory.mktemp("ramps"), np.random.default_rng(0)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_speed_direction_and_order_are_learned_unless_frames_are_shuffled(tmp_path, shuffled):
+    rng = np.random.default_rng(0)
     for k in range(48):
         frames = ramp(rng)
-        write_video(root / "ordered" / f"{k}.avi", frames, **SHARP)
-        write_video(root / "shuffled" / f"{k}.avi", rng.permutation(frames), **SHARP)
-    return root
+        frames = rng.permutation(frames) if shuffled else frames
+        write_video(tmp_path / "videos" / f"{k}.avi", frames, **SHARP)
+    log = pretrain_on(tmp_path / "videos", tmp_path / "out", "--losses", "speed", "direction",
+                      "order", "--epochs", 45, "--lr", 3e-3, "--warmup-epochs", 5)
+    speed, direction, order, chance = (np.mean([line[name] for line in log[-5:]]) for name in (
+        "speed_acc", "direction_acc", "order_acc", "order_chance"))
+    if shuffled:
+        assert speed < 0.35 and direction < 0.6
+    else:
+        assert speed > 0.45 and direction > 0.9 and order > chance + 0.1
 
 
 def pretrain_on(data, out, *more):
-    """Run pretrain.main in this process -> the lines of its log"""
-    pretrain.main([
-        "--dataset", "folder", "--data", str(data), "--out", str(out), "--arch", "r3d18_narrow",
-        "--workers", "0", "--frames", "8", "--size", "16", "--batch-size", "12", *more])
+    """Pre-train on the videos of a folder in this process -> the lines of its log"""
+    pretrain.main([str(word) for word in (
+        "--dataset", "folder", "--data", data, "--out", out, "--arch", "r3d18_narrow",
+        "--workers", 0, "--frames", 8, "--size", 16, "--batch-size", 12, *more)])
     return log_lines(out)
 
 
-# ---- What it learns ----
+# ---- What it logs ----
 
-AUX = ("--losses", "speed", "direction", "order", "--epochs", "45", "--lr", "3e-3",
-       "--warmup-epochs", "5")
+def test_accuracies_and_chance_levels_equal_loops():
+    torch.manual_seed(0)
+    video, pq = torch.tensor([5, 2, 7, 9, 4, 3]), torch.tensor([1, 1, 0, 0, 1, 1])
+    batch = dict(video=video, pq=pq, speed=torch.tensor([[0, 1], [0, 1]] * 3),
+                 direction=torch.randint(2, (6, 2)), order=torch.tensor([2, 2, 0, 0, 2, 2]))
+    out = dict(phi=torch.randn(6, 2, 3), psi=torch.randn(6, 3), speed=torch.randn(6, 2, 4),
+               direction=torch.randn(6, 2, 2), order=torch.randn(6, 3))
+    found = pretrain.scores(out, batch, batch | out)
+
+    def accuracy(x, is_candidate, is_match):
+        hits, chances = [], []
+        for a in range(len(x)):
+            candidates = [b for b in range(len(x)) if is_candidate(a, b)]
+            cosine = F.cosine_similarity(x[a][None], x[candidates])
+            hits.append(is_match(a, candidates[cosine.argmax()]))
+            chances.append(np.mean([is_match(a, b) for b in candidates]))
+        return np.mean(hits), np.mean(chances)
+
+    phi = accuracy(out["phi"].flatten(0, 1), lambda a, b: a != b,       # clips 2i, 2i + 1 of i
+                   lambda a, b: a // 2 == b // 2)
+    psi = accuracy(out["psi"], lambda a, b: a != b, lambda a, b: (pq[a] == pq[b]).item())
+    assert (found["phi_nearest"], found["phi_chance"]) == pytest.approx(phi)
+    assert (found["psi_nearest"], found["psi_chance"]) == pytest.approx(psi)
+    assert 0 < phi[0] < 1 and 0 < psi[0] < 1
+    for task in ("speed", "direction", "order"):
+        label = batch[task].flatten()
+        right = out[task].flatten(0, -2).argmax(1) == label
+        assert found[f"{task}_acc"] == right.float().mean()
+        frequency = torch.bincount(label, minlength=out[task].shape[-1]) / len(label)
+        torch.testing.assert_close(found[f"{task}_chance"], frequency)
 
 
-def mean_of_last(log, count=5):
-    return {name: np.mean([line[name] for line in log[-count:]]) for name in log[-1]}
-
-
-def test_trivial_speed_direction_and_order_are_learned(ramps, tmp_path):
-    score = mean_of_last(pretrain_on(ramps / "ordered", tmp_path, *AUX))
-    assert score["speed_acc"] > 0.45 and score["direction_acc"] > 0.9
-    assert score["order_acc"] > score["order_chance"] + 0.1
-
-
-def test_shuffled_videos_bring_speed_and_direction_to_chance(ramps, tmp_path):
-    score = mean_of_last(pretrain_on(ramps / "shuffled", tmp_path, *AUX))
-    assert score["speed_acc"] < 0.35 and score["direction_acc"] < 0.6
-
-
-def test_direction_is_learned_on_real_video_that_scrolls(shared, tmp_path):
-    files = sorted((shared / "videos/ucf8_128").glob("**/*.avi"))[::22]     # 48, all eight classes
-    for file in files:
-        frames = decode(str(file), range(29), 64).permute(0, 2, 3, 1).numpy()
-        frames = frames[:, :, :frames.shape[2] // 2 * 2]
-        frames = [np.roll(frame, n, axis=0) for n, frame in enumerate(frames)]
-        write_video(tmp_path / "scrolling" / file.name, frames)
-    log = pretrain_on(tmp_path / "scrolling", tmp_path / "out", "--losses", "direction", "--size",
-                      "32", "--epochs", "30", "--lr", "3e-3", "--warmup-epochs", "2")
-    assert mean_of_last(log)["direction_acc"] > 0.8
-
-
-# ---- What it sums and logs ----
-
-def test_the_log_has_each_term_each_accuracy_with_chance_and_the_costs(ramps, tmp_path):
-    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--log-every", "2")[-1]
-    assert line["loss"] == pytest.approx(sum(line[name] for name in LOSSES), rel=1e-4)
-    assert 0 <= line["phi_nearest"] <= 1 and 0 <= line["psi_nearest"] <= 1
-    assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)        # one clip of 2 * 12 - 1
-    assert line["psi_chance"] == pytest.approx(1 / 11, rel=0.2)         # one of 12 - 1, or more
-    for task, classes in dict(speed=4, direction=2, order=3).items():
-        assert 1 / classes <= line[f"{task}_chance"] <= 1 and 0 <= line[f"{task}_acc"] <= 1
-    for name in ("step", "epoch", "lr", "clips_per_s", "peak_memory_gb"):
+@pytest.mark.parametrize("losses", [LOSSES, ("equi", "speed"), ("inst", "speed", "distinct")])
+def test_the_log_has_the_chosen_terms_their_sum_accuracies_chance_and_costs(
+        world, whole, tmp_path, losses):
+    train(world, tmp_path, "--log-every", 2, "--losses", *losses)
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
+    if losses == LOSSES:                                    # means since the line before
+        each = [line["loss"] for line in log_lines(whole)]
+        means = [np.mean(each[n - 2:n]) for n in (2, 4, 6, 8)] + each[8:]
+        assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-5)
+    assert [line["epoch"] for line in lines] == pytest.approx([n / 3 for n in (2, 4, 6, 8, 9)])
+    line = lines[-1]
+    assert line["loss"] == pytest.approx(sum(line[name] for name in losses), rel=1e-4)
+    assert not ({*LOSSES, "distinct"} - set(losses)) & line.keys()
+    assert ("phi_nearest" in line) == ("inst" in losses)
+    assert ("psi_nearest" in line) == ("equi" in losses)
+    if "inst" in losses:                                    # with four clips a video, too
+        assert line["phi_chance"] == pytest.approx(1 / 15)  # one clip of 2 * 8 - 1
+    for name in ("clips_per_s", "peak_memory_gb"):
         assert line[name] > 0
     assert 0 <= line["waiting_for_data"] <= 1 and line["left_s"] == 0
-
-
-@pytest.mark.parametrize("losses", [("equi", "speed"), ("inst", "speed", "distinct")])
-def test_only_the_chosen_terms_are_summed(ramps, tmp_path, losses):
-    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--losses", *losses)[-1]
-    assert line["loss"] == pytest.approx(sum(line[name] for name in losses), rel=1e-4)
-    assert not (set(LOSSES) - set(losses)) & line.keys()
-    if "distinct" in losses:                            # four clips a video, L_inst sees p and q
-        assert line["phi_chance"] == pytest.approx(1 / 23, rel=1e-3)
+    assert {"overflow", "loss_scale"}.isdisjoint(line)
 
 
 @pytest.mark.parametrize("more", [("spatial", "--losses", "inst", "equi"), ("both",)])
-def test_spatial_equivariance_has_no_chance_positives(ramps, tmp_path, more):
-    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--equivariance", *more)[-1]
-    assert np.isfinite(line["equi"]) and line["psi_chance"] == pytest.approx(1 / 11, rel=1e-3)
+def test_spatial_equivariance_has_no_chance_positives(world, tmp_path, more):
+    train(world, tmp_path, "--epochs", 1, "--equivariance", *more)
+    assert log_lines(tmp_path)[-1]["psi_chance"] == pytest.approx(1 / 7, rel=1e-3)
 
 
-def test_tensorboard_gets_the_values_of_the_log(ramps, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_values_of_the_log(world, tmp_path, monkeypatch):
     class SummaryWriter:
         def __init__(self, folder, purge_step):
             assert (folder, purge_step) == (str(tmp_path), 1)
@@ -126,37 +212,63 @@ def test_tensorboard_gets_the_values_of_the_log(ramps, tmp_path, monkeypatch):
     scalars, module = {}, type(sys)("tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    line = pretrain_on(ramps / "ordered", tmp_path, "--epochs", "1", "--tensorboard")[-1]
-    step, _ = line.pop("step"), line.pop("epoch")
-    assert scalars == {(name, step): value for name, value in line.items()}
+    train(world, tmp_path, "--epochs", 1, "--tensorboard")
+    logged = {(name, line["step"]): value for line in log_lines(tmp_path)
+              for name, value in line.items() if name not in ("step", "epoch")}
+    assert scalars == logged
 
 
-# ---- Flags and schedule ----
+# ---- Which videos, and which flags reach torch ----
 
-@pytest.mark.parametrize("dataset, arch, expected", [   # Sec. 3.4, 4.1, 4.2, Table 2
-    ("ucf101", "r3d18", dict(epochs=400, batch_size=192, frames=16, size=128, lr=3e-4)),
-    ("kinetics400", "r3d18", dict(epochs=200, batch_size=512, frames=16, size=128)),
-    ("kinetics400", "s3dg", dict(epochs=200, batch_size=256, frames=32, size=128)),
-    ("kinetics400", "r2plus1d18", dict(epochs=200, batch_size=192, frames=16, size=112)),
-    ("diving48", "r2plus1d18", dict(epochs=400, batch_size=192, frames=16, size=112))])
-def test_flags_not_given_take_the_papers_values(dataset, arch, expected):
-    args = pretrain.parse_args(["--dataset", dataset, "--arch", arch, "--data", "somewhere"])
-    assert {name: getattr(args, name) for name in expected} == expected
-    assert args.lam == 0.1 and args.speeds == [1, 2, 4, 8] and args.weight_decay == 1e-4
-    assert args.losses == ["inst", "equi", "speed", "direction", "order"]
+def test_videos_of_just_enough_frames_for_the_slowest_clip_are_used(tmp_path, capsys):
+    for k, length in enumerate([7, 6, 7, 9, 7]):            # --speeds 2 4, 4 frames: 2 * 3 + 1
+        write_video(tmp_path / "videos" / f"{k}.avi", drifting(length, k))
+    flags = "--epochs", 1, "--frames", 4, "--speeds", 4, 2, "--batch-size", 4
+    assert len(pretrain_on(tmp_path / "videos", tmp_path / "out", *flags)) == 1
+    assert "5 videos, 4 usable; 1 shorter than 7 frames" in capsys.readouterr().err
 
 
-def test_the_learning_rate_warms_up_linearly_and_then_follows_a_cosine_to_zero():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    schedule, rates = warmup_cosine(optimizer, 10, 110), []
-    for _ in range(110):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert np.allclose(np.diff(rates[:11]), 3e-4 / 11)  # linear, from above 0 ...
-    assert max(rates) == rates[10] == pytest.approx(3e-4)           # ... to the peak
-    assert np.allclose(rates[10:], 1.5e-4 * (1 + np.cos(np.pi * np.arange(100) / 100)))
-    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+def test_split_and_index_are_the_ones_that_were_given(world, tmp_path):
+    lists = write_lists(tmp_path / "lists", ("Down", "Across"), trainlist02=[
+        line for line in (world / "trainlist01.txt").read_text().splitlines()[:8]])
+    index = tmp_path / "index.json"
+    train(world, tmp_path / "out", "--annotations", lists, "--split", 2, "--index", index)
+    assert load_checkpoint(tmp_path / "out")["step"] == 3   # three epochs of one batch
+    assert "v_Down_g01_c01.avi" in index.read_text()
+
+
+@pytest.mark.parametrize("flags, module, name, expected", [
+    ("--compile", torch, "compile", TimeEquivariant),
+    ("--sync-bn", torch.nn.SyncBatchNorm, "convert_sync_batchnorm", TimeEquivariant),
+    ("--workers 0", pretrain, "step_loader", 0), ("--workers 1", pretrain, "step_loader", 1)])
+def test_flags_for_speed_reach_their_function(
+        world, tmp_path, monkeypatch, flags, module, name, expected):
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return args[0] if expected is TimeEquivariant else function(*args, **kwargs)
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, spy)
+    train(world, tmp_path, "--epochs", 1, *flags.split())
+    (args,) = calls
+    assert isinstance(args[0], expected) if expected is TimeEquivariant else args[4] == expected
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_network_computes_in_the_precision_of_amp(
+        world, tmp_path, monkeypatch, amp, dtype, accumulate):
+    def spy(out, *args):
+        assert {x.dtype for x in out.values()} == {dtype}
+        raise Reached
+    monkeypatch.setattr(pretrain, "objective", spy)
+    args = pretrain.parse_args(words(world, tmp_path, "--epochs", 1, "--accumulate", accumulate))
+    args.amp = amp                                          # a CPU refuses the flag
+    with pytest.raises(Reached):
+        pretrain.train(args, pretrain.prepare(args), CPU)
 
 
 # ---- --accumulate ----
@@ -174,7 +286,7 @@ def random_batch(B):
 def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
     torch.manual_seed(0)
     model = TimeEquivariant("r3d18_narrow").double().eval()         # BatchNorm would see the parts
-    batch, args = random_batch(6), pretrain.parse_args(["--accumulate", str(parts)])
+    batch, args = random_batch(6), Namespace(accumulate=parts, amp="off", lam=0.2)
     out = model(batch["clips"])
     whole = pretrain.objective(out, batch, batch | out, args.lam)
     expected = torch.autograd.grad(sum(whole.values()), [*model.parameters()])
@@ -192,14 +304,18 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
 def test_with_accumulate_the_running_statistics_see_each_part_once(world, tmp_path):
     model = train(world, tmp_path, "--epochs", 1, "--accumulate", 2)["model"]
     assert model["backbone.stem.1.num_batches_tracked"] == 3 * 2    # three steps of two parts
+    line = log_lines(tmp_path)[0]
+    assert line["loss"] == pytest.approx(sum(line[name] for name in LOSSES), rel=1e-4)
 
 
 # ---- --init and backbone.pt ----
 
 def test_backbone_pt_is_the_checkpoints_backbone_and_loads(whole):
-    model, net = load_checkpoint(whole)["model"], load_backbone(whole / "backbone.pt")
+    state, net = load_checkpoint(whole), load_backbone(whole / "backbone.pt")
     assert net.arch == "r3d18_narrow" and net.args["size"] == 16
-    assert all(torch.equal(x, model[f"backbone.{name}"]) for name, x in net.state_dict().items())
+    assert state["args"] == net.args | dict(processes=1)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state["model"][f"backbone.{name}"])
 
 
 def test_init_gives_the_backbone_its_weights_and_belongs_to_the_run(world, whole, tmp_path):
@@ -212,18 +328,24 @@ def test_init_gives_the_backbone_its_weights_and_belongs_to_the_run(world, whole
     assert "(init " in fails(pretrain.main, words(world, tmp_path, *still))
 
 
-def test_init_refuses_weights_that_lack_some_of_the_backbone(world, whole, tmp_path):
-    stored = torch.load(whole / "backbone.pt", weights_only=True)
-    del stored["backbone"]["layer3.1.conv1.0.weight"]
-    torch.save(stored, tmp_path / "part.pt")
-    with pytest.raises(pretrain.UserError, match="Missing key.*layer3.1.conv1.0.weight"):
-        train(world, tmp_path / "out", "--init", tmp_path / "part.pt")
-
-
 # ---- The commands of the project ----
 
-@pytest.mark.parametrize("name, processes", [("ucf_original", 1), ("ucf8_128", 2)])
-def test_the_command_trains_on_real_ucf101_files(shared, tmp_path, name, processes):
+@pytest.mark.parametrize("flags, script, expected", [
+    ("", linear_probe, dict(dataset="toy", data="toy-videos", checkpoint="out/backbone.pt")),
+    ("--dataset ucf101 --data v --annotations 'a b' --split 3", linear_probe,
+     dict(dataset="ucf101", data="v", annotations="a b", split=[3])),
+    ("--dataset folder --data v --index i.json", retrieval,
+     dict(dataset="folder", gallery="v", query="v", index="i.json"))])
+def test_the_next_command_evaluates_this_run(flags, script, expected):
+    args = pretrain.parse_args(["--out", "out", *shlex.split(flags)])
+    python, file, *argv = shlex.split(pretrain.next_command(args))
+    assert (python, file) == ("python", f"{script.__name__}.py")
+    assert vars(script.parse_args(argv)).items() >= expected.items()
+
+
+@pytest.mark.parametrize("name, arch, processes", [
+    ("ucf_original", "r3d18", 1), ("ucf8_128", "r3d18_narrow", 2)])
+def test_the_command_trains_on_real_ucf101_files(shared, tmp_path, name, arch, processes):
     root = shared / "videos" / name
     official = root / "ucfTrainTestlist"
     rows = (official / "trainlist01.txt").read_text().splitlines()
@@ -235,10 +357,10 @@ def test_the_command_trains_on_real_ucf101_files(shared, tmp_path, name, process
         python = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([
         *python, ROOT / "pretrain.py", "--dataset", "ucf101", "--data", root / "UCF-101",
-        "--annotations", lists, "--arch", "r3d18_narrow", "--size", "32", "--frames", "8",
+        "--annotations", lists, "--arch", arch, "--size", "32", "--frames", "8",
         "--epochs", "1", "--batch-size", "40", "--workers", "1", "--out", tmp_path / "out"],
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     line = log_lines(tmp_path / "out")[-1]
     assert line["epoch"] == 1 and np.isfinite(line["loss"])
-    assert load_backbone(tmp_path / "out" / "backbone.pt").dim == 128
+    assert load_backbone(tmp_path / "out" / "backbone.pt").arch == arch

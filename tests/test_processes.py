@@ -99,35 +99,32 @@ def train_and_save_samples(rank, argv, folder):
     torch.save(seen, folder / f"{rank}.pt")
 
 
+def run_and_samples(world, folder, processes, *more):
+    """-> samples of each process and step, lines of the log"""
+    argv = words(world, folder, *more)
+    assert together(processes, train_and_save_samples, argv, folder) == [0] * processes
+    files = [folder / f"{rank}.pt" for rank in range(processes)]
+    return [torch.load(file, weights_only=True) for file in files], log_lines(folder)
+
+
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):
-    """{number of processes: (samples of each process and step, lines of the log)}"""
-    runs = {}
-    for processes in (1, 2, 4):
-        folder = tmp_path_factory.mktemp(f"processes{processes}")
-        statuses = together(processes, train_and_save_samples, words(world, folder), folder)
-        assert statuses == [0] * processes
-        runs[processes] = ([torch.load(folder / f"{rank}.pt", weights_only=True)
-                            for rank in range(processes)], log_lines(folder))
-    return runs
+def run_of_one(world, tmp_path_factory):
+    return run_and_samples(world, tmp_path_factory.mktemp("one"), 1)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_draw_the_samples_of_one(runs, processes):
-    (alone,), _ = runs[1]
-    samples, _ = runs[processes]
+@pytest.mark.parametrize("processes, parts", [(2, 1), (4, 1), (2, 2)])
+def test_several_processes_or_parts_have_the_samples_and_the_loss_curve_of_one(
+        world, run_of_one, tmp_path, processes, parts):
+    (alone,), log = run_of_one
+    samples, lines = run_and_samples(world, tmp_path, processes, "--accumulate", parts)
     assert [len(steps) for steps in samples] == [STEPS] * processes
     for step in range(STEPS):
         for name, value in alone[step].items():
             assert torch.equal(torch.cat([steps[step][name] for steps in samples]), value)
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_have_the_loss_curve_of_one(runs, processes):
-    for one, several in zip(runs[1][1], runs[processes][1], strict=True):
+    for one, several in zip(log, lines, strict=True):
         for name in ("loss", *LOSSES):
             assert several[name] == pytest.approx(one[name], rel=2e-4), (one["step"], name)
-    assert len({line["loss"] for line in runs[1][1]}) == STEPS
+    assert len({line["loss"] for line in log}) == STEPS
 
 
 # ---- Stopping ----
@@ -142,10 +139,9 @@ def train_on(rank, argv):
     pretrain.main(argv)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path, number):
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):
     argv = words(world, tmp_path, "--log-every", 1000, "--save-every", 1000)
-    assert together(2, train_and_get_a_signal, argv, number) == [1, 1]
+    assert together(2, train_and_get_a_signal, argv, signal.SIGINT) == [1, 1]
     assert load_checkpoint(tmp_path)["step"] == 4
     assert together(2, train_on, argv) == [0, 0] and load_checkpoint(tmp_path)["step"] == STEPS
 
@@ -172,6 +168,10 @@ def test_torchruns_restart_recovers_a_killed_worker(world, tmp_path):
     assert [line["step"] for line in log_lines(out)] == [*range(1, STEPS + 1)]
 
 
+def test_every_process_fails_where_rank_0_finds_an_error(world, tmp_path):
+    assert together(2, train_on, words(world, tmp_path, "--batch-size", 6)) == [1, 1]
+
+
 def test_only_rank_0_prints_a_refusal(world, tmp_path):
     done = torchrun("--standalone", "--nproc_per_node=2", ROOT / "pretrain.py",
                     *words(world, tmp_path, "--batch-size", 6))
@@ -190,19 +190,19 @@ def test_two_machines_of_two_processes_train_together(world, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     line = log_lines(tmp_path)[-1]
     assert line["step"] == 3 and "on 4 cpu process(es)" in outputs[0]
+    assert [output.count("next: ") for output in outputs] == [1, 0]
     assert line["phi_chance"] == pytest.approx(1 / 15, rel=1e-3)        # keys of all 2 * 8 clips
 
 
 def test_the_documented_command_runs_on_eight_processes_without_a_warning(tmp_path):
-    """torchrun --nproc_per_node=8 pretrain.py --arch r3d18, on two batches of a toy set."""
-    batch = paper_defaults("toy", "r3d18")["batch_size"]
+    """torchrun --nproc_per_node=8 pretrain.py, on two batches of a toy set."""
+    batch = paper_defaults("toy", "r3d18_narrow")["batch_size"]
     paths = [f"{TOY_CLASSES[n % len(TOY_CLASSES)]}/v_g{n:03d}_c01.avi" for n in range(2 * batch)]
     for n, path in enumerate(paths):
         write_video(tmp_path / "toy-videos" / path, drifting(30, seed=n))
     write_lists(tmp_path / "toy-videos" / "ucfTrainTestlist", TOY_CLASSES, trainlist01=paths)
-    done = torchrun("--nproc_per_node=8", ROOT / "pretrain.py", "--arch", "r3d18", "--epochs", "1",
-                    cwd=tmp_path)
+    done = torchrun("--nproc_per_node=8", ROOT / "pretrain.py", "--epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "on 8 cpu process(es)" in done.stderr
-    assert load_checkpoint(tmp_path / "runs" / "toy-r3d18")["step"] == 2
+    assert load_checkpoint(tmp_path / "runs" / "toy-r3d18_narrow")["step"] == 2
     assert re.findall(r"\w+Warning.*", done.stderr) == []

@@ -29,7 +29,7 @@ from conftest import (
 import finetune
 import pretrain
 from common import UserError, splits, toy, training
-from common.training import Progress, locked, save_file, trim_log
+from common.training import Progress, locked, resume, save_file, trim_log
 
 
 def same(one, other):
@@ -50,7 +50,7 @@ def train_until_killed(argv, step):
     pretrain.main(argv)
 
 
-@pytest.mark.parametrize("step, save_every", [(2, 1000), (4, 0), (6, 0)])    # resumes at 0, 3, 5
+@pytest.mark.parametrize("step, save_every", [(2, 1000), (6, 0)])           # resumes at 0, 5
 def test_a_killed_run_resumes_bit_for_bit_with_other_workers(
         world, whole, tmp_path, step, save_every):
     argv = words(world, tmp_path, "--save-every", save_every)
@@ -64,6 +64,15 @@ def test_a_killed_run_resumes_bit_for_bit_with_other_workers(
     assert same(train(world, tmp_path, "--workers", 2), load_checkpoint(whole))
     losses = [[line["loss"] for line in log_lines(out)] for out in (tmp_path, whole)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_with_init_resumes_with_what_it_has_learned(world, whole, tmp_path, at_step):
+    init = "--init", whole / "backbone.pt"
+    expected = train(world, tmp_path / "whole", *init)
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="SIGTERM: saved step 4 of 9"):
+        train(world, tmp_path / "stopped", *init)
+    assert same(train(world, tmp_path / "stopped", *init), expected)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -184,19 +193,27 @@ def test_keep_every_keeps_backbones_of_those_steps(world, tmp_path):
 
 # ---- What belongs to a run ----
 
-def test_a_checkpoint_of_other_arguments_is_refused_with_the_difference(world, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
-    with pytest.raises(UserError, match=r"is of another run \(lam 0.1 -> 0.2\)"):
-        train(world, out, "--lam", 0.2)
+MAY_CHANGE = {                                          # none of them changes a number of training
+    "data", "annotations", "index", "workers", "compile", "out", "log_every", "save_every",
+    "keep_every", "tensorboard", "windows", "crops"}
 
 
-def test_another_number_of_processes_is_refused_with_the_difference(world, whole, tmp_path):
+def test_a_run_resumes_only_with_arguments_and_processes_of_the_same_training(
+        whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "out")
-    checkpoint = load_checkpoint(out)
-    checkpoint["args"]["processes"] = 2
-    torch.save(checkpoint, out / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"is of another run \(processes 2 -> 1\)"):
-        train(world, out)
+    args = {name: getattr(finetune.parse_args([]), name) for name in ("windows", "crops")}
+    args |= load_checkpoint(out)["args"]
+    del args["processes"]
+    for name in args:
+        changed = args | {name: "another"}
+        if name in MAY_CHANGE:
+            assert resume(out, changed) == STEPS
+        else:
+            with pytest.raises(UserError, match=rf"of another run \({name} .* -> another\)"):
+                resume(out, changed)
+    monkeypatch.setattr(training, "rank_and_world", lambda: (0, 2))
+    with pytest.raises(UserError, match=r"is of another run \(processes 1 -> 2\)"):
+        resume(out, args)
 
 
 def test_a_resumed_run_drops_the_log_after_its_step_and_a_line_that_is_cut(tmp_path):

@@ -1,19 +1,19 @@
-"""retrieval.py: exact search, R@k and its chance level, standardising, and own folders."""
+"""retrieval.py: exact search, R@k and its chance level, standardising, splits, own folders."""
 import itertools
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, official, read_json, tiny_words
+from conftest import CPU, read_json, retrieve, tiny_words
 from sklearn.preprocessing import StandardScaler
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import retrieval
 from common import splits
+from common.evaluation import average_crops
+from models import load_backbone
 from retrieval import chance_recall, recall, search, standardise
+
+NONE = torch.iinfo(torch.int64).max                         # the rank where there is no such video
 
 
 def ids(classes, videos):
@@ -28,31 +28,20 @@ def rows(*angles):
 
 # ---- Search and R@k (Table 3) ----
 
-def test_planted_neighbours_are_found_and_give_R_at_1_of_100_percent():
-    rng = torch.Generator().manual_seed(0)
-    gallery = torch.randn(500, 32, generator=rng)
-    order = torch.randperm(500, generator=rng)
-    query = gallery[order] + 0.05 * torch.randn(500, 32, generator=rng)
-    gallery_ids, query_ids = ids(range(500), range(500)), torch.stack([order, order + 500])
-    ranks, nearest, _ = search(*standardise(gallery, query), gallery_ids, query_ids, 3)
-    assert nearest[:, 0].equal(order) and recall(ranks, 500, 1) == 1
-
-
 def test_R_at_k_is_what_a_hand_computes():
     gallery, query = rows(0, 10, 20, 30, 90), rows(1, 19, 88)
-    gallery_ids, query_ids = ids([0, 1, 1, 0, 2], range(5)), ids([0, 0, 3], range(5, 8))
+    gallery_ids, query_ids = ids([0, 1, 1, 0, -1], range(5)), ids([0, 0, -1], range(5, 8))
     ranks, nearest, cosines = search(gallery, query, gallery_ids, query_ids, 5)
     assert nearest.tolist() == [[0, 1, 2, 3, 4], [2, 1, 3, 0, 4], [4, 3, 2, 1, 0]]
-    assert ranks[:2].tolist() == [0, 2]                     # the third query's class has no video
+    assert ranks.tolist() == [0, 2, NONE]                   # -1: the third has no class
     assert cosines[0, 1].item() == pytest.approx(np.cos(np.deg2rad(9)))
     assert [recall(ranks, 3, k) for k in (1, 2, 3, 5)] == [1 / 3, 1 / 3, 2 / 3, 2 / 3]
     assert recall(ranks, 4, 5) == 2 / 4                     # a fourth query could not be read
 
 
-@pytest.mark.parametrize("dim", [2, 128, 1000])
-def test_of_equally_near_videos_the_earlier_one_is_nearer(dim):
+def test_of_equally_near_videos_the_earlier_one_is_nearer():
     rng = torch.Generator().manual_seed(1)
-    x, far = torch.nn.functional.normalize(torch.randn(2, dim, generator=rng).double())
+    x, far = torch.nn.functional.normalize(torch.randn(2, 128, generator=rng).double())
     gallery = torch.stack([far] + [x * (1 + n * 1e-15) for n in range(40)])     # rounding errors
     for right, rank in ((1, 0), (7, 6), (40, 39)):
         gallery_ids = ids([int(k == right) for k in range(41)], range(41))
@@ -61,12 +50,13 @@ def test_of_equally_near_videos_the_earlier_one_is_nearer(dim):
 
 
 def test_a_query_is_no_neighbour_of_itself_but_its_duplicate_is():
-    gallery_ids, query_ids = ids([0, 1, 0], [7, 8, 9]), ids([0], [7])
-    ranks, nearest, _ = search(rows(0, 0, 50), rows(0), gallery_ids, query_ids, 3)
-    assert nearest.tolist() == [[1, 2, -1]] and ranks.tolist() == [1]
+    gallery_ids, query_ids = ids([0, 1, 0], [7, 8, 9]), ids([0, 1], [7, 8])
+    ranks, nearest, _ = search(rows(0, 0, 50), rows(0, 0), gallery_ids, query_ids, 3)
+    assert nearest.tolist() == [[1, 2, -1], [0, 2, -1]]
+    assert ranks.tolist() == [1, NONE]                      # 8 is the only video of its class
 
 
-@pytest.mark.parametrize("cosines", [1, 60, 137, 2 ** 24])
+@pytest.mark.parametrize("cosines", [1, 137, 2 ** 24])
 def test_search_in_chunks_equals_a_full_sort(cosines):
     rng = np.random.default_rng(0)
     gallery, query = rng.normal(size=(60, 8)), rng.normal(size=(23, 8))
@@ -77,41 +67,24 @@ def test_search_in_chunks_equals_a_full_sort(cosines):
     order = np.argsort(-(query @ gallery.T).round(9), axis=1, kind="stable")
     order = [[g for g in row if g_ids[1, g] != video] for row, video in zip(order, q_ids[1])]
     right = [[g_ids[0, g] == label for g in row] for row, label in zip(order, q_ids[0])]
-    tensors = map(torch.tensor, (gallery, query, g_ids, q_ids))
-    ranks, nearest, _ = search(*tensors, 10, cosines)
+    ranks, nearest, _ = search(*map(torch.tensor, (gallery, query, g_ids, q_ids)), 10, cosines)
     assert nearest.tolist() == [row[:10] for row in order]
-    expected = [row.index(True) if True in row else None for row in right]
-    assert [rank if rank < 60 else None for rank in ranks.tolist()] == expected
+    assert ranks.tolist() == [row.index(True) if True in row else NONE for row in right]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Record the peak of the bytes of live tensors; inputs do not count."""
+def test_a_search_keeps_the_k_nearest_of_each_chunk_and_no_more(monkeypatch):
+    cat, chunks, kept = torch.cat, [], []
 
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
+    def spy(parts):
+        chunks.append([len(part) for part in parts])
+        kept.append(sum(part.untyped_storage().nbytes() for part in parts))
+        return cat(parts)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **kwargs or {})
-        live = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.storages = live
-        self.peak = max(self.peak, sum(size for _, size in live.values()))
-        return output
-
-
-def test_memory_of_a_search_does_not_grow_with_the_product_of_queries_and_gallery():
-    peak = {}
-    for queries in (10, 300):
-        gallery, query = torch.randn(1000, 8).double(), torch.randn(queries, 8).double()
-        gallery_ids, query_ids = ids([0] * 1000, range(1000)), ids([0] * queries, range(queries))
-        with LiveBytes() as live:
-            search(gallery, query, gallery_ids, query_ids, 1, 4000)
-        peak[queries] = live.peak
-    assert peak[300] < peak[10] + 300 * 1000                # bytes; a cosine has eight
+    monkeypatch.setattr(torch, "cat", spy)
+    gallery, query = torch.randn(1000, 8).double(), torch.randn(300, 8).double()
+    search(gallery, query, ids([0] * 1000, range(1000)), ids([0] * 300, range(300)), 2, 4000)
+    assert chunks == [[4] * 75] * 3                         # four queries at a time
+    assert kept == [300 * 8, 300 * 2 * 8, 300 * 2 * 8]      # bytes: ranks, nearest, cosines
 
 
 @pytest.mark.parametrize("videos", [[8, 7, 6, 9], [0, 7, 6, 9], [0, 2, 3, 9]])
@@ -142,6 +115,36 @@ def test_features_are_standardised_by_the_gallery_alone():
     query[0] += 1000
     after = standardise(gallery, query)
     assert after[0].equal(before[0]) and after[1][1:].equal(before[1][1:])
+    assert standardise(gallery[:1], query)[0].tolist() == [[0] * 6]     # no 0 / 0
+
+
+# ---- Networks and splits ----
+
+def test_each_network_is_scored_by_its_own_features(tiny, checkpoint, tmp_path):
+    result, arrays = retrieve(tiny, checkpoint, tmp_path, "--seed", 3)
+    torch.manual_seed(3)
+    random = load_backbone("random", "r3d18_narrow")
+    args = retrieval.parse_args(tiny_words(tiny, checkpoint, "out", "--frames", 4, "--size", 16))
+    sides = [splits.load_and_scan(args, 1, part) for part in ("train", "test")]
+    side_ids = ids(sides[0].labels, range(18)), ids(sides[1].labels, range(18, 27))
+    for name, net in dict(random=random, checkpoint=load_backbone(checkpoint)).items():
+        x = [average_crops(net, side, args, CPU)[0] for side in sides]
+        ranks, nearest, cosines = search(*standardise(*x), *side_ids, 10)
+        assert result["recall"][name] == {f"R@{k}": recall(ranks, 9, k) for k in (1, 5, 10)}
+    for side, features in zip(("gallery", "query"), x):     # the checkpoint's
+        np.testing.assert_allclose(arrays[f"{side}_features"], features, rtol=1e-4, atol=1e-6)
+    assert arrays["nearest"].tolist() == nearest.tolist()
+    np.testing.assert_allclose(arrays["cosines"], cosines, rtol=1e-4, atol=1e-6)
+
+
+def test_of_two_splits_recalls_are_averaged_and_the_features_of_the_first_are_saved(
+        tiny, checkpoint, retrieved, tmp_path):
+    result, arrays = retrieve(tiny, checkpoint, tmp_path, "--split", 1, 2, "--k", 10, 1, 5, 1)
+    one, two = (split["recall"] for split in result["splits"])
+    assert one == retrieved[0]["recall"] != two             # whatever the order of --k
+    for name, k in itertools.product(("checkpoint", "random", "chance"), ("R@1", "R@5", "R@10")):
+        assert result["recall"][name][k] == np.mean([one[name][k], two[name][k]])
+    assert all(np.array_equal(arrays[name], x) for name, x in retrieved[1].items())
 
 
 # ---- Own folders ----
@@ -150,16 +153,16 @@ def test_features_are_standardised_by_the_gallery_alone():
 def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_recall(
         own, checkpoint, tmp_path, capsys, monkeypatch, link):
     monkeypatch.setattr(splits, "make_toy", pytest.fail)    # no data set is needed
-    query = own
+    monkeypatch.chdir(tmp_path)
+    query = "own"
     if link:                                                # the same files under other paths
         query = tmp_path / "links"
         query.mkdir()
         for file in own.iterdir():
             (query / file.name).symlink_to(file)
-    features = tmp_path / "new" / "features.npz"
     retrieval.main([str(word) for word in (
-        "--checkpoint", checkpoint, "--gallery", own, "--query", query, "--windows", 2,
-        "--workers", 0, "--out", tmp_path / "out", "--features", features)])
+        "--checkpoint", checkpoint, "--gallery", "own", "--query", query, "--windows", 2,
+        "--workers", 0, "--out", "out", "--features", "new/features.npz")])
     result = read_json(tmp_path / "out" / "retrieval-folder.json")
     assert result["recall"] == {} and "no classes, so no R@k" in capsys.readouterr().out
 
@@ -170,51 +173,20 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
         assert set(near) == names - {name}
         assert list(near.values()) == sorted(near.values(), reverse=True)
 
-    arrays = np.load(features)
+    arrays = np.load("new/features.npz")
     assert arrays["nearest"].shape == (6, 6)                # the gallery is smaller than --k
     assert arrays["query_features"].shape == (6, 128) and set(arrays["query_classes"]) == {""}
+    assert arrays["gallery_files"].tolist() == [str(own / p) for p in arrays["gallery_paths"]]
     for name, row in zip(arrays["query_paths"], arrays["nearest"]):
         nearest = [arrays["gallery_paths"][g] for g in row if g >= 0]
         assert nearest == list(neighbours[name]) and row[-1] == -1
 
 
-def test_features_give_the_absolute_path_of_each_video(own, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(own.parent)
-    retrieval.main([
-        "--checkpoint", str(checkpoint), "--gallery", own.name, "--query", own.name, "--k", "1",
-        "--windows", "1", "--workers", "0", "--out", "out", "--features", "features.npz"])
-    arrays = np.load("features.npz")
-    for side in ("gallery", "query"):
-        files = [str(own / path) for path in arrays[f"{side}_paths"]]
-        assert arrays[f"{side}_files"].tolist() == files
-
-
 def test_own_class_folders_give_recall_and_neighbours(tiny, checkpoint, tmp_path):
     folder = tiny / "UCF-101" / "."                         # all 27; 18 of them are in the gallery
-    retrieval.main(tiny_words(tiny, checkpoint, tmp_path, "--query", folder, "--k", 1, 5))
+    retrieval.main(tiny_words(tiny, checkpoint, tmp_path, "--query", folder))
     result = read_json(tmp_path / "retrieval-ucf101.json")
-    assert set(result["recall"]["checkpoint"]) == {"R@1", "R@5"}
+    assert list(result["recall"]["checkpoint"]) == ["R@1", "R@5", "R@10", "R@20"]
     assert len(result["splits"][0]["neighbours"]) == 27
     chance = (18 * 5 / 17 + 9 * 6 / 18) / 27
     assert result["recall"]["chance"]["R@1"] == pytest.approx(chance)
-
-
-def test_own_train_and_val_folders_give_the_numbers_of_the_same_official_lists(
-        tiny, checkpoint, retrieved, tmp_path):
-    for part, folder in (("train", "train"), ("test", "val")):
-        for path in official(1, part):
-            (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(tiny / "UCF-101" / path, tmp_path / folder / path)
-    retrieval.main(tiny_words(tiny, checkpoint, tmp_path / "out", "--dataset", "folder", "--data",
-                              tmp_path, "--k", 1, 5, 10))
-    result = read_json(tmp_path / "out" / "retrieval-folder.json")
-    assert result["recall"] == retrieved[0]["recall"]
-
-
-@pytest.mark.parametrize("folder, sentence", [
-    ("empty", "no videos in"), ("none", "does not exist")])
-def test_an_empty_or_missing_gallery_ends_in_one_sentence(
-        tiny, checkpoint, tmp_path, folder, sentence):
-    (tmp_path / "empty").mkdir()
-    argv = tiny_words(tiny, checkpoint, tmp_path / "out", "--gallery", tmp_path / folder)
-    assert sentence in fails(retrieval.main, argv)

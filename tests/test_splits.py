@@ -1,7 +1,7 @@
 """common/splits.py: official lists, own folders, and the scan of their videos."""
+import itertools
 import json
 import os
-import re
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -9,19 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import LENGTHS, evaluation_words, write_lists
+from conftest import LENGTHS, write_lists
 
-import finetune
-import linear_probe
-import retrieval
-from common import UserError, splits
-from common.splits import check_test, load_and_scan, load_split, scan, sources, usable
+from common import UserError, splits, write_text
+from common.splits import check_test, load_and_scan, load_split, scan, usable
 
-OFFICIAL = {
-    ("ucf101", 1): (9537, 3783), ("ucf101", 2): (9586, 3734), ("ucf101", 3): (9624, 3696),
-    ("hmdb51", 1): (3570, 1530), ("hmdb51", 2): (3570, 1530), ("hmdb51", 3): (3570, 1530),
-    ("diving48", 1): (15027, 1970)}
-CLASSES = {"ucf101": 101, "hmdb51": 51, "diving48": 48}
+INVALID = "Invalid data found when processing input"
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def touch(root, *names, text=""):
     """Write files of that text, byte for byte, and their folders -> root"""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, newline="")
+        (root / name).write_bytes(os.fsencode(text))
     return root
 
 
@@ -47,75 +40,66 @@ def ucf(root, lines):
 
 # ---- Official lists ----
 
-@pytest.mark.parametrize("dataset, number", OFFICIAL)
-def test_official_lists_give_the_published_counts(shared, tmp_path, unchecked, dataset, number):
-    lists, counts = shared / "annotations" / dataset, OFFICIAL[dataset, number]
-    both = [load_split(dataset, tmp_path, lists, number, part) for part in ("train", "test")]
-    assert tuple(len(split.paths) for split in both) == counts
-    assert tuple(splits.PUBLISHED[split.title] for split in both) == counts
-    assert not set(both[0].paths) & set(both[1].paths)
-    for split, a_class in zip(both, (70, 30)):
-        assert len(split.classes) == CLASSES[dataset]
+@pytest.mark.parametrize("dataset, number, train, test", [
+    ("ucf101", 1, 9537, 3783), ("ucf101", 2, 9586, 3734), ("ucf101", 3, 9624, 3696),
+    ("hmdb51", 1, 3570, 1530), ("hmdb51", 2, 3570, 1530), ("hmdb51", 3, 3570, 1530),
+    ("diving48", 1, 15027, 1970)])
+def test_official_lists_give_the_published_counts(
+        shared, tmp_path, unchecked, dataset, number, train, test):
+    lists, paths = shared / "annotations" / dataset, []
+    for part, count, a_class in (("train", train, 70), ("test", test, 30)):
+        split = load_split(dataset, tmp_path, lists, number, part)
+        paths += split.paths
+        assert len(split.paths) == len(split.labels) == splits.PUBLISHED[split.title] == count
+        assert len(split.classes) == dict(ucf101=101, hmdb51=51, diving48=48)[dataset]
         unused = set(range(len(split.classes))) - set(split.labels)
         assert unused == ({30} if dataset == "diving48" else set())
-        assert len(set(split.paths)) == len(split.paths) == len(split.labels)
         assert dataset != "hmdb51" or set(Counter(split.labels).values()) == {a_class}
-        if dataset != "diving48":
-            folders = [path.split("/")[0] for path in split.paths]
-            assert [split.classes[k] for k in split.labels] == folders
+    assert len(set(paths)) == train + test
 
 
-def test_ucf101_labels_are_those_of_its_training_lists(shared, tmp_path, unchecked):
-    rows = (shared / "annotations/ucf101/trainlist01.txt").read_text().splitlines()
-    labels = load_split("ucf101", tmp_path, shared / "annotations/ucf101").labels
-    assert [int(row.split()[1]) - 1 for row in rows if row] == labels       # from 1
+def test_each_split_part_and_version_has_its_own_list(tmp_path, unchecked):
+    touch(tmp_path, "classInd.txt", text="1 Run")
+    for n, part in itertools.product((1, 2), ("train", "test")):
+        touch(tmp_path, f"{part}list0{n}.txt", text=f"Run/{part}{n}.avi")
+        rows = f"train{n}.avi 1 \nnone.avi 0 \ntest{n}.avi 2 \n"
+        touch(tmp_path, f"testTrainMulti_7030_splits/Run_test_split{n}.txt", text=rows)
+        row = dict(vid_name=f"{part} V{n}", label=7)
+        file = f"Diving48{'_V2' if n == 2 else ''}_{part}.json"
+        touch(tmp_path, file, text=json.dumps([row]))
+    for n, part in itertools.product((1, 2), ("train", "test")):
+        for dataset in ("ucf101", "hmdb51"):
+            split = load_split(dataset, tmp_path, None, n, part)
+            assert split.paths == [f"Run/{part}{n}.avi"]
+            assert split.title == f"{dataset} {part} split {n}"
+        dataset = "diving48v1" if n == 1 else "diving48"
+        assert load_split(dataset, tmp_path, part=part).paths == [f"{part} V{n}.mp4"]
 
 
-@pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_the_three_splits_differ(shared, tmp_path, unchecked, dataset, part):
-    lists = shared / "annotations" / dataset
-    paths = [load_split(dataset, tmp_path, lists, number, part).paths for number in (1, 2, 3)]
-    assert paths[0] != paths[1] != paths[2] != paths[0]
+def test_diving48_has_its_videos_in_rgb_and_numbers_as_classes(tmp_path):
+    row = dict(vid_name="-x_00001", label=31)
+    touch(tmp_path, "Diving48_V2_train.json", text=json.dumps([row]))
+    split = load_split("diving48", touch(tmp_path, "rgb/-x_00001.mp4"))
+    assert split.files == {"-x_00001.mp4": tmp_path / "rgb/-x_00001.mp4"}
+    assert split.labels == [31] and split.classes == [str(k) for k in range(48)]
 
 
-@pytest.mark.parametrize("dataset, folder, pattern", [
-    ("hmdb51", "", r".*[!#&()+;@[\]]"), ("diving48", "rgb", "-")])
-def test_names_with_special_characters_are_found(
-        shared, tmp_path, unchecked, dataset, folder, pattern):
-    lists = shared / "annotations" / dataset
-    paths = load_split(dataset, tmp_path, lists).paths
-    special = [path for path in paths if re.match(pattern, path)]
-    root = touch(tmp_path, *(f"{folder}/{path}".lstrip("/") for path in special)) / folder
-    split = load_split(dataset, tmp_path, lists)
-    assert len(special) > 100 and split.files == {path: root / path for path in special}
-    assert split.failed == {path: "not found" for path in paths if path not in special}
-
-
-def test_a_real_folder_is_found_whole_with_the_lists_next_to_it(shared):
-    for part, count in (("train", 80), ("test", 40)):
-        split = load_split("ucf101", shared / "videos" / "ucf_original" / "UCF-101", part=part)
-        assert len(split.files) == len(split.paths) == count and not split.failed
-        assert Counter(split.labels) == {k: count // 8 for k in range(8)}
-
-
-@pytest.mark.parametrize("start", ["", "\ufeff"])
-@pytest.mark.parametrize("line", ["{}\n", "{} 1\n", "{} 1 \r\n \r\n"])
-def test_list_lines_may_carry_labels_and_either_line_end(tmp_path, line, start):
-    paths = ["Run/v_Run_g01_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi"]
+@pytest.mark.parametrize("start, line", [
+    ("", "{}\n"), ("", "{} 1\n"), ("\ufeff", "{} 1 \r\n \r\n")])
+def test_list_lines_may_carry_labels_any_bytes_and_either_line_end(tmp_path, start, line):
+    paths = [os.fsdecode(b"Run/caf\xe9.avi"), "HandstandPushups/a.avi"]
     root = touch(ucf(tmp_path, []), *paths)
     text = start + "".join(line.format(path) for path in paths)
     touch(tmp_path, "ucfTrainTestlist/trainlist01.txt", text=text)
     split = load_split("ucf101", root)
-    assert split.paths == paths and split.labels == [0, 1] and not split.failed
-    assert split.classes == ["Run", "HandstandPushups"]
+    assert split.files == {path: root / path for path in paths}
+    assert split.labels == [0, 1] and split.classes == ["Run", "HandstandPushups"]
 
 
-def test_hmdb51_names_may_hold_blanks_commas_and_digits_at_the_end(tmp_path):
-    names = ["a b;c, 2.avi", "#(2) 1.avi", "x.avi, 1.avi"]
+def test_hmdb51_names_may_hold_blanks_commas_separators_and_digits_at_the_end(tmp_path):
+    names = ["a b;c, 2.avi", "#(2)\u2028 1.avi", "x.avi, 1.avi"]
     touch(tmp_path, *(f"Run/{name}" for name in names))
-    lines = [f"{name} 1 \n" for name in names] + ["y.avi 0 \n", "z.avi 2 \n"]
-    touch(tmp_path, "Run_test_split1.txt", text="".join(lines))
+    touch(tmp_path, "Run_test_split1.txt", text="".join(f"{name} 1 \n" for name in names))
     touch(tmp_path, "._Run_test_split1.txt", text="macOS adds these")
     split = load_split("hmdb51", tmp_path)
     assert split.paths == [f"Run/{name}" for name in names] and split.classes == ["Run"]
@@ -123,44 +107,18 @@ def test_hmdb51_names_may_hold_blanks_commas_and_digits_at_the_end(tmp_path):
 
 
 def test_letter_case_is_ignored_as_ucf101_spells_handstand_pushups_in_two_ways(tmp_path):
-    listed = ["HandStandPushups/v_HandStandPushups_g01_c01.avi",
-              "HandstandPushups/v_HandstandPushups_g01_c02.avi"]
-    there = ["HandstandPushups/v_HandStandPushups_g01_c01.avi",
-             "HandstandPushups/v_HandStandPushups_g01_c02.avi"]
-    root = touch(ucf(tmp_path, listed), *there)
+    root = touch(ucf(tmp_path, ["HandStandPushups/a.avi"]), "HandstandPushups/A.avi")
     split = load_split("ucf101", root)
-    assert split.files == {path: root / file for path, file in zip(listed, there)}
-    assert split.labels == [1, 1]
+    assert split.files == {"HandStandPushups/a.avi": root / "HandstandPushups/A.avi"}
+    assert split.labels == [1]
 
 
-def test_lists_may_name_files_in_any_bytes(tmp_path):
-    path = os.fsdecode(b"Run/caf\xe9.avi")
-    root = touch(ucf(tmp_path, []), path)
-    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_bytes(b"Run/caf\xe9.avi 1\n")
-    assert load_split("ucf101", root).files == {path: root / path}
-
-
-def test_a_missing_folder_or_list_is_named_with_the_places_searched(tmp_path):
+def test_a_missing_list_is_named_with_the_places_searched(tmp_path):
     root = touch(ucf(tmp_path, ["Run/a.avi"]), "Run/a.avi")
-    with pytest.raises(UserError, match=f"video folder {tmp_path}/nowhere does not exist"):
-        load_split("ucf101", tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"no list testlist01.txt in .*{tmp_path}/ucfTrainTestlist"):
         load_split("ucf101", root, part="test")
     with pytest.raises(UserError, match=f"trainlist01.txt in {root} or {root}/ucfTrainTestlist "):
         load_split("ucf101", root, annotations=root)
-
-
-def test_clips_cut_from_one_recording_have_one_source():
-    names = {
-        "ucf101": [f"Run/v_Run_{clip}.avi" for clip in ("g01_c01", "g01_c02", "g02_c01")],
-        "hmdb51": [
-            f"climb/{name}_cm_np1_le_bad_1.avi"
-            for name in ("A_(b)_climb_f", "A_(b)_climb_u", "C_climb_f")],
-        "diving48": ["-x_00001.mp4", "-x_00023.mp4", "-y_00001.mp4"]}
-    for dataset, paths in names.items():
-        a, b, c = sources(dataset, paths)
-        assert a == b != c
-        assert sources("folder", paths) == paths
 
 
 # ---- Own folders ----
@@ -173,11 +131,16 @@ def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, da
     touch(tmp_path / "elsewhere", "f.mp4")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     split = load_split(dataset, root)
+    assert split.title == dataset
     assert split.files == {path: root / path for path in paths} and split.paths == paths
     classes = [split.classes[k] for k in split.labels]
     assert classes == ["linked", "run", "run", "walk", "walk"]
-    flat = load_split(dataset, touch(tmp_path / "flat", "b.mp4", "a/a.mp4"))
-    assert (flat.paths, flat.labels, flat.classes) == (["a/a.mp4", "b.mp4"], [None, None], [])
+
+
+@pytest.mark.parametrize("paths", [["a/a.mp4", "b.mp4"], ["a/a.mp4", "a/b.mp4"]])
+def test_videos_outside_class_folders_or_of_a_single_one_have_no_labels(tmp_path, paths):
+    split = load_split("folder", touch(tmp_path, *paths))
+    assert (split.paths, split.labels, split.classes) == (paths, [None, None], [])
 
 
 @pytest.mark.parametrize("test", ["val", "test"])
@@ -187,51 +150,29 @@ def test_own_train_and_test_folders_have_the_classes_of_train(tmp_path, test):
     train, held_out = (load_split("folder", tmp_path, part=part) for part in ("train", "test"))
     assert train.paths == ["run/a.mp4", "walk/b.mp4", "walk/more/c.mp4"]
     assert train.labels == [0, 1, 1] and train.title == "folder train"
-    assert held_out.paths == ["walk/d.mp4"] and held_out.files["walk/d.mp4"].parts[-3] == test
+    assert held_out.files == {"walk/d.mp4": tmp_path / test / "walk/d.mp4"}
     assert held_out.labels == [1] and held_out.title == f"folder {test}"
     assert train.classes == held_out.classes == ["run", "walk"]
     check_test(train, held_out)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
-    root, real = touch(tmp_path, "run/a.mp4", "walk/b.mp4"), os.scandir
-
     def scandir(folder):
         if Path(folder).name == "walk":
             raise PermissionError(f"{folder}: Permission denied")           # root may read all
         return real(folder)
+    root, real = touch(tmp_path, "run/a.mp4", "walk/b.mp4"), os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="walk"):
         load_split("folder", root)
 
 
-def test_there_is_no_test_result_without_labels_or_on_videos_of_training(tmp_path):
-    flat = load_split("folder", touch(tmp_path / "flat", "a.mp4", "b.mp4"))
-    with pytest.raises(UserError, match="folder has no labels to learn .*train/CLASS/"):
-        check_test(flat, flat)
+def test_there_is_no_test_result_on_videos_of_training(tmp_path):
     root = touch(ucf(tmp_path, ["Run/a.avi", "Run/b.avi"]), "Run/a.avi", "Run/b.avi")
     touch(tmp_path, "ucfTrainTestlist/testlist01.txt", text="RUN/a.avi")
     train, test = (load_split("ucf101", root, part=part) for part in ("train", "test"))
     with pytest.raises(UserError, match="1 test videos are also training videos, .*Run/a.avi"):
         check_test(train, test)
-
-
-@pytest.mark.parametrize("script", [linear_probe, finetune, retrieval])
-def test_own_labelled_videos_are_evaluated(videos, tmp_path, script):
-    for n, path in enumerate(LENGTHS):
-        part = "train" if n < 9 else "val"
-        (tmp_path / part / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(videos / path, tmp_path / part / path)
-    name = script.__name__
-    more = {"finetune": ["--epochs", 1, "--batch-size", 4], "retrieval": ["--k", 1]}.get(name, [])
-    script.main(evaluation_words(
-        name, tmp_path, tmp_path, tmp_path / "out", "--dataset", "folder", "--data", tmp_path,
-        "--arch", "r3d18_narrow", "--checkpoint", "random", "--frames", 4, "--size", 16, *more))
-    (file,) = (tmp_path / "out").glob("*.json")
-    (split,) = json.loads(file.read_text())["splits"]
-    parts = [part for part in split.values() if isinstance(part, dict) and "expected" in part]
-    counts = {part["title"]: part["scored"] for part in parts}
-    assert counts == {"folder train": 9, "folder val": 4}
 
 
 # ---- The scan ----
@@ -251,18 +192,26 @@ def probed(monkeypatch):
     return names
 
 
-def test_scan_counts_frames_and_caches_them(videos, tmp_path, probed, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_scan_counts_frames_and_caches_them(videos, tmp_path, probed):
     index = tmp_path / "new" / "index.json"
-    expected = {path: (length, 24, 32) for path, length in LENGTHS.items()}
-    for count, file in ((13, index), (13, index), (26, None), (26, None)):
-        split = scan(load_split("folder", videos), file, workers=2)
-        assert {path: tuple(shape) for path, shape in split.shapes.items()} == expected
-        assert not split.failed and len(probed) == count
-    index.unlink()
-    scan(load_split("folder", videos), index)
-    assert len(probed) == 39 and os.listdir(index.parent) == ["index.json"]
-    assert len(list((tmp_path / "cache").glob("time-equivariance/*.json"))) == 1
+    for _ in range(2):
+        split = scan(load_split("folder", videos), index, workers=2)
+        shapes = {path: tuple(shape) for path, shape in split.shapes.items()}
+        assert shapes == {path: (length, 24, 32) for path, length in LENGTHS.items()}
+        assert not split.failed and len(probed) == 13
+    assert os.listdir(index.parent) == ["index.json"]
+
+
+def test_the_default_index_is_one_a_folder_in_the_users_cache(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scan(load_split("folder", videos))
+    (index,) = tmp_path.glob("cache/time-equivariance/*.json")
+    (tmp_path / "link").symlink_to(videos)
+    assert splits.default_index(tmp_path / "link") == index
+    assert splits.default_index(videos / "run") != index
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert splits.default_index(videos) == tmp_path / ".cache/time-equivariance" / index.name
 
 
 def test_a_changed_file_is_scanned_again_and_no_other(copy, tmp_path, probed):
@@ -277,16 +226,36 @@ def test_a_changed_file_is_scanned_again_and_no_other(copy, tmp_path, probed):
     assert tuple(shapes["walk/01.avi"]) == (20, 24, 32) and sorted(probed) == ["01.avi", "02.avi"]
 
 
-def test_undecodable_files_of_any_name_are_named_with_the_reason(copy, tmp_path):
+def test_failed_files_of_any_name_are_named_with_the_reason_and_tried_again(copy, tmp_path, probed):
     name = os.fsdecode(b"walk/caf\xe9.avi")
     (copy / "run/00.avi").write_text("no video")
     os.rename(copy / "walk/01.avi", copy / name)
     os.truncate(copy / name, 100)
-    for _ in range(2):                                          # from the cache, too
+    (copy / "run/02.avi").unlink()
+    (copy / "run/02.avi").symlink_to("nowhere")
+    for count in (13, 13 + 3):
         split = scan(load_split("folder", copy), tmp_path / "index.json")
-        assert split.failed == dict.fromkeys(
-            ["run/00.avi", name], "Invalid data found when processing input")
-        assert len(split.shapes) == 11
+        assert split.failed == {
+            "run/00.avi": INVALID, "run/02.avi": "No such file or directory", name: INVALID}
+        assert len(split.shapes) == 10 and len(probed) == count
+
+
+def test_a_scan_that_is_stopped_keeps_what_it_has_done(tmp_path, monkeypatch):
+    clock = Namespace(monotonic=itertools.count(0, 31).__next__)            # half a minute a video
+    monkeypatch.setattr(splits, "time", clock)
+    results = [(9, 8, 8, "")] * 5
+    monkeypatch.setattr(splits, "probe", lambda file: results.pop())
+    split = load_split("folder", touch(tmp_path / "videos", *(f"{k}.avi" for k in range(9))))
+    with pytest.raises(IndexError):
+        scan(split, tmp_path / "index.json")
+    assert list(json.loads((tmp_path / "index.json").read_text())) == split.paths[:4]
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
+    write_text(tmp_path / "a.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.json", "new \udce9")
+    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch):
@@ -295,8 +264,10 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
     monkeypatch.setattr(
         splits, "probe", lambda file: results.get(Path(file).name, (99, 8, 8, "")))
     root = touch(ucf(tmp_path, paths), *paths[1:])
-    args = Namespace(dataset="ucf101", data=root, annotations=None, index=None, workers=0)
+    index = tmp_path / "index.json"
+    args = Namespace(dataset="ucf101", data=root, annotations=None, index=index, workers=0)
     split = load_and_scan(args, 1, "train")
+    assert len(json.loads(index.read_text())) == 39
     assert split.failed == {"Run/00.avi": "not found", "Run/01.avi": "no moov"}
     assert split.shapes["Run/03.avi"] == (20, 8, 8)             # the frames before the fault
     results["02.avi"] = results["01.avi"]
@@ -308,8 +279,12 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
         (root / path).unlink()
     with pytest.raises(UserError, match="3 of 40 videos"):
         load_split("ucf101", root)
-    with pytest.raises(UserError, match="no videos in"):
-        load_split("folder", touch(tmp_path / "empty", "notes.txt"))
+
+
+def test_a_folder_may_be_given_in_place_of_a_part(videos, tmp_path):
+    args = Namespace(dataset="ucf101", index=tmp_path / "index.json", workers=2)
+    split = load_and_scan(args, 1, str(videos))
+    assert split.title == str(videos) and len(split.shapes) == 13 and args.index.exists()
 
 
 def test_failed_and_short_videos_are_left_out_of_training_and_named():
@@ -324,3 +299,5 @@ def test_failed_and_short_videos_are_left_out_of_training_and_named():
         "2 failed: gone.avi (not found), bad.avi (no moov); 6 shorter than 16 frames")
     good, report = usable(replace(split, title="own"), T=20)
     assert len(good) == 10 and report.startswith("own: 22 videos, 10 usable; ")
+    assert splits.listed({k: "gone" for k in range(10)}).endswith(", 9 (gone)")
+    assert splits.listed({k: "gone" for k in range(11)}).endswith(", 9 (gone), ...")

@@ -1,143 +1,176 @@
-"""tools/table1.py: UCF101-8 from UCF101, runs to a table, an interruption, a failing run."""
-import json
+"""tools/table1.py: the commands of a row, real and imitated runs to a table, stops and failures."""
+import importlib
 import re
-import shutil
-import signal
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARP, drifting, wait_until, write_lists, write_video
+from conftest import ROOT, fails, read_json
 
 import pretrain
-from common import UserError
-from tools import table1
+from common.video import probe
+from tools import pyplot, table1
 
-CLASSES = ("Archery", "Lunges", "Punch")                        # the last two are in UCF101-8
 TINY = dict(
     shrink="16", clips="--arch r3d18_narrow --frames 2 --size 16",
-    pretrain="--batch-size 4 --epochs 40 --warmup-epochs 0 --log-every 1",
+    pretrain="--batch-size 4 --epochs 1 --warmup-epochs 0",
     finetune="--batch-size 4 --epochs 1 --warmup-epochs 0 --windows 1 --crops centre")
-STEPS = 80                                                      # 10 videos, 4 a batch, 40 epochs
-PATCHES = dict(CPU=TINY, UCF101_8=CLASSES[1:], FINETUNED=("k",))
-START = f"""import sys
-from tools import table1
-vars(table1).update({PATCHES})
-table1.run(lambda: table1.main(sys.argv[1:]))"""
+EVALUATIONS = ["linear_probe", "linear_probe", "retrieval"]
+IMITATION = """
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+def flag(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+script, out = Path(sys.argv[0]).stem, Path(flag("--out"))
+exec(os.environ.get("FAULT", ""))
+figure = dict(pretrain=0, linear_probe=0.2, retrieval=0.4, finetune=0.6)[script]
+figure += 0.02 * int(flag("--seed")) + 0.1 * ("auto" in sys.argv)
+top1 = dict(checkpoint=figure, random=figure / 2)
+recall = {name: {"R@1": x, "R@5": x + 0.1} for name, x in (top1 | dict(chance=0.1)).items()}
+name = f"{script}-{flag('--dataset')}" + "-4x" * (script == "finetune")
+out.mkdir(parents=True, exist_ok=True)
+(out / "tmp").write_text(json.dumps(dict(top1=top1, recall=recall, chance=0.125)))
+(out / "tmp").replace(out / f"{name}.json")                     # the table may be read meanwhile
+"""
 
 
-@pytest.fixture(autouse=True)
-def patches(monkeypatch):
-    """What START changes, for tests in this process."""
-    for name, value in PATCHES.items():
-        monkeypatch.setattr(table1, name, value)
+def commands(words, row):
+    """Of a run with seed 7 -> [(name of the script, its arguments), ...]"""
+    found = [argv for argv, _ in table1.steps(table1.parse_args(words), row, 7)]
+    return [(Path(script).stem, more) for _, script, *more in found]
 
 
-def words(ucf101, out, *rows):
-    return ["--data", str(ucf101 / "UCF-101"), "--annotations", str(ucf101 / "lists"), "--out",
-            str(out), "--rows", *rows, "--seeds", "0", "--jobs", "2"]
-
-
-def start(ucf101, out, *rows):
-    return subprocess.Popen([sys.executable, "-c", START, *words(ucf101, out, *rows)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def ucf101(tmp_path_factory):
-    """Three classes of UCF101, each with five training and two test videos."""
-    root, lists = tmp_path_factory.mktemp("ucf101"), {"trainlist01": [], "testlist01": []}
-    for k, name in enumerate(CLASSES, 1):
-        for n in range(7):
-            path = f"{name}/v_{name}_g{n:02d}_c01.avi"
-            write_video(root / "UCF-101" / path, drifting(40, seed=7 * k + n, axis=k % 2), **SHARP)
-            lists["trainlist01" if n < 5 else "testlist01"].append(path)
-    write_lists(root / "lists", CLASSES, **lists)
-    return root
-
-
-@pytest.fixture(scope="module")
-def whole(ucf101, tmp_path_factory):
-    """Two rows, stopped by SIGTERM in pre-training and resumed -> OUT, outputs of both commands"""
-    out = tmp_path_factory.mktemp("table1")
-    process = start(ucf101, out, "random", "k")
-    wait_until((out / "k-0/log.jsonl").exists, process)
-    process.send_signal(signal.SIGTERM)
-    stopped = process.communicate(timeout=600)
-    resumed = start(ucf101, out, "random", "k").communicate(timeout=600)
-    return out, stopped, resumed
-
+# ---- Commands ----
 
 @pytest.mark.parametrize("row", sorted(table1.ROWS.keys() - {"random"}))
-def test_each_row_has_the_flags_that_the_docs_give_it(row):
+def test_each_row_is_pre_trained_with_the_flags_that_the_docs_give_it(row):
     name = "d192" if row == "distinct" else row
     listed = (ROOT / "docs/results.md").read_text()
-    flags = re.search(rf"`\$P \$U --out runs/{name}( [^`]*)?`", listed)[1]
-    ours, theirs = (pretrain.parse_args((text or "").split()) for text in (table1.ROWS[row], flags))
-    assert vars(ours) == vars(theirs)
+    flags = re.search(rf"`\$P \$U --out runs/{name}( [^`]*)?`", listed)[1] or ""
+    ours = pretrain.parse_args(commands(["--out", "runs"], row)[0][1])
+    theirs = [*flags.split(), "--data", "toy-videos", "--seed", "7", "--out", f"runs/{row}-7"]
+    assert vars(ours) == vars(pretrain.parse_args(theirs)) | dict(workers=ours.workers)
 
 
-def test_the_lists_and_the_copy_hold_the_classes_of_ucf101_8_alone(ucf101, whole):
-    lists = whole[0] / "ucfTrainTestlist"
-    for name, count in (("trainlist01.txt", 10), ("testlist01.txt", 4)):
-        rows = (ucf101 / "lists" / name).read_text().splitlines()
-        assert (lists / name).read_text().splitlines() == rows[-count:]         # Archery is first
-    assert (lists / "classInd.txt").read_text().splitlines() == ["1 Lunges", "2 Punch"]
-    videos = whole[0] / "UCF-101"
-    assert {path.parent.name for path in videos.glob("*/*.avi")} == {"Lunges", "Punch"}
+@pytest.mark.parametrize("settings", ["CPU", "GPU"])
+def test_all_scripts_get_the_seed_the_shape_of_clips_and_fewer_epochs(settings, monkeypatch):
+    monkeypatch.setattr(table1, "CPU", getattr(table1, settings))
+    found = commands(["--data", "videos", "--epochs", "3"], "k")
+    assert [script for script, _ in found] == ["pretrain", *EVALUATIONS, "finetune"]
+    parsed = [importlib.import_module(script).parse_args(words) for script, words in found]
+    assert {args.seed for args in parsed} == {7}
+    assert len({(args.arch, args.frames, args.size) for args in parsed}) == 1
+    assert (parsed[0].epochs, parsed[-1].epochs) == (3, 3)
 
 
-def test_a_stopped_command_saves_and_resumes_in_the_middle_of_pre_training(whole):
-    out, (_, message), _ = whole
-    assert message.splitlines()[-1].endswith("interrupted")
-    log = (out / "k-0.txt").read_text()
-    saved = int(re.search(rf"SIGTERM: saved step (\d+) of {STEPS}", log)[1])
-    assert 0 < saved < STEPS and f"resumes at step {saved} of {STEPS}" in log
+# ---- A real run ----
+
+@pytest.fixture(scope="module")
+def real(tiny, tmp_path_factory):
+    """Row k on two of three classes, its commands run in this process -> words of table1, OUT"""
+    out = tmp_path_factory.mktemp("real")
+    words = ["--data", str(tiny / "UCF-101"), "--out", str(out), "--rows", "k", "--seeds", "7"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table1, "CPU", TINY)
+        patch.setattr(table1, "UCF101_8", ("Climb", "Dive"))
+        table1.make_ucf101_8(table1.parse_args(words))
+        for script, argv in commands(words, "k"):
+            importlib.import_module(script).main(argv)
+        yield words, out
 
 
-def test_two_rows_run_to_a_table_with_every_figure(whole):
-    out, _, (printed, _) = whole
-    table = (out / "table.md").read_text()
-    assert printed.endswith(table)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert [row[0] for row in rows] == ["row", "---", "random", "k", "chance"]
-    random, k, chance = rows[2:]
-    assert (random[1], k[1], chance[1], random[-1], chance[2]) == ("1", "1", "", "", "50.0")
-    assert all(re.fullmatch(r"\d+\.\d", cell) for cell in random[2:-1] + k[2:] + chance[2:])
-    probe = json.loads((out / "k-0/linear_probe-ucf101.json").read_text())
-    assert k[2] == f"{100 * probe['top1']['checkpoint']:.1f}"
+def test_the_lists_and_the_shrunk_copy_hold_the_classes_of_ucf101_8_alone(tiny, real):
+    lists = real[1] / "ucfTrainTestlist"
+    for name, count in (("trainlist01.txt", 12), ("testlist01.txt", 6)):
+        rows = (tiny / "ucfTrainTestlist" / name).read_text().splitlines()
+        assert (lists / name).read_text().splitlines() == rows[-count:]         # Bend is first
+    assert (lists / "classInd.txt").read_text().splitlines() == ["1 Climb", "2 Dive"]
+    videos = list(real[1].glob("UCF-101/*/*.avi"))
+    assert {path.parent.name for path in videos} == {"Climb", "Dive"}
+    assert probe(videos[0])[1:3] == (16, 24)
 
 
-def test_the_spread_is_the_mean_and_half_the_range():
-    assert [table1.spread(x) for x in ([], [0.5], [0.2, 0.3, 0.4])] == ["", "50.0", "30.0 ± 10.0"]
+def test_the_table_reads_what_the_scripts_write_and_repeats_no_step(real, capsys):
+    words, out = real
+    table1.main(words)
+    printed = capsys.readouterr().out
+    assert printed.startswith("0 of 1 runs to do")
+    assert printed.endswith((out / "table.md").read_text())
+    names = "linear_probe-ucf101", "auto/linear_probe-ucf101", "finetune-ucf101-4x"
+    svm, auto, tuned = (read_json(out / f"k-7/{name}.json") for name in names)
+    recall = read_json(out / "k-7/retrieval-ucf101.json")["recall"]["checkpoint"]
+    top1, top1_auto, top1_tuned = (x["top1"]["checkpoint"] for x in (svm, auto, tuned))
+    figures = top1, top1_auto, recall["R@1"], recall["R@5"], top1_tuned
+    assert f"| k | 1 | {' | '.join(f'{100 * x:.1f}' for x in figures)} |" in printed
+    assert (svm["protocol"]["C"], auto["protocol"]["C"]) == (1e-3, "auto")
 
 
-def test_the_picture_is_drawn(ucf101, whole, tmp_path):
-    pytest.importorskip("matplotlib")
-    table1.main([*words(ucf101, whole[0], "k"), "--picture", str(tmp_path / "table.png")])
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+def test_runs_of_other_settings_are_refused_in_one_out(real):
+    words, _ = real
+    table1.main(words)
+    assert fails(table1.main, [*words, "--epochs", "2"]).endswith("give another --out")
 
 
-def test_finished_steps_are_not_repeated(ucf101, whole, capsys):
-    def times():
-        return {file: file.stat().st_mtime_ns for file in whole[0].glob("*-0*/**/*")}
+# ---- Imitated runs ----
 
-    before = times()
-    table1.main(words(ucf101, whole[0], "random", "k"))
-    assert capsys.readouterr().out.startswith("0 of 2 runs to do") and times() == before
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that calls table1; scripts that write figures at once stand for the project's."""
+    for name in ("pretrain", "linear_probe", "retrieval", "finetune"):
+        (tmp_path / f"{name}.py").write_text(IMITATION)
+    monkeypatch.setattr(table1, "ROOT", tmp_path)
+    monkeypatch.setattr(table1, "make_ucf101_8", lambda args: None)
+    monkeypatch.setattr(table1, "make_toy", lambda root: (tmp_path / f"made {root}").touch())
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: table1.main([*words, "--out", "out", "--jobs", "2"])
 
 
-def test_runs_of_other_settings_are_refused_in_one_out(ucf101, whole):
-    with pytest.raises(UserError, match="give another --out"):
-        table1.main([*words(ucf101, whole[0], "k"), "--epochs", "1"])
+def test_the_table_has_means_and_half_ranges_of_the_seeds_and_the_picture_each_of_them(run):
+    words = "--data", "videos", "--rows", "f", "random", "--seeds", "0", "1", "4"
+    run(*words)
+    assert Path("out/table.md").read_text().splitlines()[2:] == [
+        "| random | 3 | 11.7 ± 2.0 | 16.7 ± 2.0 | 21.7 ± 2.0 | 31.7 ± 2.0 | 31.7 ± 2.0 |",
+        "| f | 3 | 23.3 ± 4.0 | 33.3 ± 4.0 | 43.3 ± 4.0 | 53.3 ± 4.0 |  |",
+        "| chance | | 12.5 | 12.5 | 10.0 | 20.0 | 12.5 |"]
+
+    run(*words, "--picture", "table.png")
+    assert Path("table.png").read_bytes().startswith(b"\x89PNG")
+    _, axes = pyplot().gcf().axes                               # of 1-NN
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["random", "f"]
+    marks = [line.get_ydata() for line in axes.lines]
+    wanted = [20, 21, 24], [40, 42, 48], [65 / 3] * 2, [10] * 2             # means, chance
+    assert marks == [pytest.approx(values) for values in wanted]
 
 
-def test_a_run_that_fails_is_named_and_the_others_finish(ucf101, whole, tmp_path, capsys):
-    out = shutil.copytree(whole[0], tmp_path / "out")
-    (out / "k-0/retrieval-ucf101.json").unlink()                # one step of k is to be done
-    (out / "f-0").mkdir()
-    (out / "f-0/checkpoint.pt").write_text("no checkpoint")
-    with pytest.raises(UserError, match="1 of 2 runs failed: f-0"):
-        table1.main(words(ucf101, out, "f", "k"))
-    assert "f-0 failed: " in capsys.readouterr().err
-    assert (out / "k-0/retrieval-ucf101.json").exists()
+def test_an_interruption_reaches_the_scripts_and_the_same_command_resumes(run, monkeypatch):
+    monkeypatch.setenv("FAULT", """if script == "retrieval":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)""")
+    assert fails(lambda words: run(*words), ["--rows", "k", "--seeds", "0"]).endswith("interrupted")
+    log, end = Path("out/k-0.txt"), time.monotonic() + 30
+    while "saved" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    monkeypatch.delenv("FAULT")
+    run("--rows", "k", "--seeds", "0")
+    scripts = re.findall(r"^\$ .*?(\w+)\.py ", log.read_text(), re.MULTILINE)
+    assert scripts == ["pretrain", *EVALUATIONS, "retrieval"]
+    assert Path("made toy-videos").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_finish(run, monkeypatch, capsys):
+    monkeypatch.setenv("FAULT", """if script == "retrieval" and out.name == "f-1":
+        sys.exit("no checkpoint")""")
+    message = fails(lambda words: run(*words), ["--rows", "f", "k", "--seeds", "0", "1"])
+    assert message.endswith("1 of 4 runs failed: f-1")
+    assert "f-1 failed: no checkpoint" in capsys.readouterr().err
+    table = Path("out/table.md").read_text()
+    assert "| f | 2 | 21.0 ± 1.0 | 31.0 ± 1.0 | 40.0 | 50.0 |  |" in table
+    assert "| k | 2 | 21.0 ± 1.0 | 31.0 ± 1.0 | 41.0 ± 1.0 | 51.0 ± 1.0 |  |" in table

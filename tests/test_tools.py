@@ -1,33 +1,22 @@
-"""The tools that draw: their pictures show the data, and say it without colour."""
-import ast
+"""The tools that draw: their pictures and numbers are those of the data."""
 import json
 import os
+import re
 import runpy
 import sys
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTHS, ROOT, fails, numbered_frames, write_video
-from PIL import Image
+from conftest import LENGTHS, ROOT, fails, load_checkpoint, numbered_frames, read_json, write_video
 
 from common.splits import load_split, scan
 from data import MEAN, STD, Pairs, augment, collate
+from models import TimeEquivariant, load_backbone
 from tools import curves, neighbours, preview, printable, psi, pyplot
 
 SCRIPTS = [file for file in sorted((ROOT / "tools").glob("*.py")) if "main" in file.read_text()]
-STEPS = range(10, 310, 10)
-
-
-@pytest.fixture
-def log(tmp_path):
-    """The folder of a run of 30 log lines."""
-    rows = [dict(step=n, loss=9 - 0.01 * n, speed=1.4 - 0.001 * n, speed_acc=0.25 + 0.002 * n,
-                 speed_chance=0.3, lr=1e-3, clips_per_s=300.0, left_s=9.0) for n in STEPS]
-    (tmp_path / "run").mkdir()
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (tmp_path / "run" / "log.jsonl").write_text(text)
-    return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
@@ -37,41 +26,26 @@ def pairs(videos, tmp_path_factory):
     return Pairs(split, split.paths, 4, 16)
 
 
-def preview_words(videos, out, *more):
-    return [str(word) for word in (
-        "--dataset", "folder", "--data", videos, "--frames", 4, "--size", 16, "--workers", 0,
-        "--out", out, *more)]
+def texts(labels):
+    return [label.get_text() for label in labels]
 
 
 # ---- All tools ----
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
-def test_help_shows_a_command_and_unknown_flags_are_refused(script, monkeypatch, capsys):
-    for flag, code in (("--help", "0"), ("--nothing", "2")):
-        monkeypatch.setattr(sys, "argv", [str(script), flag])
-        with pytest.raises(SystemExit, match=f"^{code}$"):
-            runpy.run_path(str(script), run_name="__main__")
-    printed = capsys.readouterr()
-    assert f"python tools/{script.name}" in printed.out and " error: " in printed.err
+def test_help_shows_a_command(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"python tools/{script.name}" in capsys.readouterr().out
 
 
-def test_without_matplotlib_a_tool_that_draws_ends_in_one_sentence(
-        log, videos, retrieved, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    np.savez(tmp_path / "features.npz", **retrieved[1])
-    for tool, words in (
-            (curves, [log]),
-            (neighbours, [tmp_path / "features.npz"]),
-            (preview, preview_words(videos, tmp_path / "figure2.png")),
-            (psi, ["--checkpoint", "none.pt"])):                # before any work
-        assert fails(tool.main, words).endswith("pictures need matplotlib: pip install matplotlib")
-
-
-def test_matplotlib_is_imported_only_where_a_picture_is_drawn():
+def test_only_pictures_need_matplotlib_and_its_lack_ends_in_a_sentence_before_any_work(monkeypatch):
     for file in (*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("tools/*.py")):
-        imports = [ast.unparse(node) for node in ast.parse(file.read_text()).body
-                   if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert "matplotlib" not in "".join(imports), file
+        assert not re.search(r"^(import|from) matplotlib", file.read_text(), re.MULTILINE), file
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = fails(psi.main, ["--checkpoint", "none.pt"])
+    assert message.endswith("pictures need matplotlib: pip install matplotlib")
 
 
 def test_names_of_any_bytes_can_be_drawn(tmp_path):
@@ -82,54 +56,42 @@ def test_names_of_any_bytes_can_be_drawn(tmp_path):
 
 # ---- A run's log ----
 
-def test_each_value_of_a_log_is_drawn_against_its_steps_and_chance_is_dotted(log):
-    figure = curves.draw([curves.read_log(log)])
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert panels.keys() == {curves.TITLES[key] for key in (
-        "loss", "speed", "speed_acc", "lr", "clips_per_s")}
-    assert len(panels["L_speed (Sec. 3.2)"].lines) == 1
-    values, chance = panels["Accuracy of speed"].lines
-    assert values.get_xdata().tolist() == chance.get_xdata().tolist() == list(STEPS)
-    assert values.get_ydata() == pytest.approx([0.25 + 0.002 * n for n in STEPS])
-    assert set(chance.get_ydata()) == {0.3} and chance.get_linestyle() == ":"
-
-
-def test_the_curves_of_several_runs_are_named_and_differ_without_colour(log, tmp_path):
-    other = tmp_path / "_run $2" / "log.jsonl"
-    other.parent.mkdir()
-    other.write_text('{"step": 5, "loss": 1.0}\n{"step": 10, "loss": 0.5}\n')
-    curves.main([str(log), str(other), "--out", str(tmp_path / "a.png")])
-    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
-    figure = curves.draw([curves.read_log(log), curves.read_log(other)])
-    legend, = figure.legends
-    assert [text.get_text() for text in legend.texts] == [str(log), str(other.parent)]
-    panel = next(axes for axes in figure.axes if "Loss" in axes.get_title(loc="left"))
-    assert panel.lines[1].get_ydata().tolist() == [1.0, 0.5]
-    assert len({(line.get_marker(), line.get_linestyle()) for line in panel.lines}) == 2
+def test_curves_show_the_logged_values_of_each_run_and_differ_without_colour(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "_b $2"
+    rows = [dict(step=n, loss=9 - n, speed_acc=n / 10, speed_chance=0.3, left_s=1) for n in (2, 4)]
+    for folder, lines in ((first, rows), (second, [dict(step=6, loss=1, lr=1e-3)])):
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    figure = curves.draw([curves.read_log(path) for path in (first, second / "log.jsonl")])
+    assert texts(figure.legends[0].texts) == [str(first), str(second)]
+    drawn = {axes.get_title(loc="left"): axes.lines for axes in figure.axes}
+    values = {title: [line.get_xydata().tolist() for line in drawn[title]] for title in drawn}
+    accuracy, loss, lr = (curves.TITLES[key] for key in ("speed_acc", "loss", "lr"))
+    assert values == {
+        accuracy: [[[2, 0.2], [4, 0.4]], [[2, 0.3], [4, 0.3]], []],         # the second is chance
+        loss: [[[2, 7], [4, 5]], [[6, 1]]], lr: [[], [[6, 1e-3]]]}
+    assert [line.get_linestyle() for line in drawn[accuracy]] == ["-", ":", "--"]
 
 
 # ---- Figure 2 ----
 
-def test_the_preview_shows_the_frames_that_the_network_gets_and_marks_where_they_lie(pairs):
+def test_the_preview_shows_the_frames_that_the_network_gets_and_where_they_lie(pairs):
     group = collate([pairs[0, 1]])
     figure = preview.draw(pairs, group)
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (MEAN, STD))
     clips = augment(group["clips"], group["colour"]) * std + mean           # (2, 2, 3, T, H, W)
     for n, (line, *strips) in enumerate((figure.axes[:3], figure.axes[3:])):
         assert f", {pairs.shapes[group['video'][n], 0]} frames" in line.get_title(loc="left")
-        marks = [mark.get_xdata() for mark in line.lines]       # of p: its frames, the last; of q
         for k, strip in enumerate(strips):
             start, speed = group["start"][n, k].item(), pairs.speeds[group["speed"][n, k]]
             frames = [start + speed * t for t in range(pairs.T)]
             frames = frames[::-1] if group["direction"][n, k] else frames
-            assert list(marks[2 * k]) == frames
-            assert list(np.ravel(marks[2 * k + 1])) == frames[-1:]
-            assert [int(text.get_text()) for text in strip.get_xticklabels()] == frames
-            image = strip.images[0].get_array()                 # (16, 4 * 17, 3)
-            for t in range(pairs.T):
-                shown = torch.tensor(image[:, 17 * t:17 * t + 16]) / 255
-                wanted = clips[n, k, :, t].permute(1, 2, 0)
-                torch.testing.assert_close(shown, wanted, atol=0.01, rtol=0)
+            assert line.lines[2 * k].get_xdata().tolist() == frames
+            assert texts(strip.get_xticklabels()) == [str(frame) for frame in frames]
+            image = torch.tensor(strip.images[0].get_array()) / 255         # (16, 4 * 17, 3)
+            shown = image.unflatten(1, (4, 17))[:, :, :16]
+            wanted = clips[n, k].permute(2, 1, 3, 0)                        # (H, T, W, 3)
+            torch.testing.assert_close(shown, wanted, atol=0.01, rtol=0)
     shift = (group["start"][0, 1] - group["start"][0, 0]).item()
     title = figure.get_suptitle()
     assert f"{shift:+d} source frames from p to q" in title
@@ -137,61 +99,44 @@ def test_the_preview_shows_the_frames_that_the_network_gets_and_marks_where_they
     assert title.count("backwards") == group["direction"][0].sum()
 
 
-def test_the_preview_is_written_and_a_group_that_does_not_exist_refused(videos, tmp_path):
-    preview.main(preview_words(videos, tmp_path / "a.png", "--group", 2))
-    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
-    assert f"--group must lie between 0 and {len(LENGTHS) // 2 - 1}, but is 15" in fails(
-        preview.main, preview_words(videos, tmp_path / "b.png", "--group", 15))
+def test_a_preview_of_a_group_that_does_not_exist_is_refused(videos):
+    words = "--dataset", "folder", "--data", videos, "--frames", 4, "--workers", 0, "--group", 6
+    message = f"--group must lie between 0 and {len(LENGTHS) // 2 - 1}, but is 6"
+    assert fails(preview.main, words).endswith(message)
 
 
 def test_of_a_long_clip_some_frames_are_shown_with_the_first_and_the_last():
     axes = pyplot().figure().subplots()
     preview.draw_frames(axes, np.zeros((40, 16, 16, 3), np.uint8), list(range(40)), "p", "black")
-    numbers = [int(text.get_text()) for text in axes.get_xticklabels()]
-    assert len(numbers) == preview.MOST and numbers[0] == 0 and numbers[-1] == 39
+    numbers = texts(axes.get_xticklabels())
+    assert len(numbers) == preview.MOST and numbers[0] == "0" and numbers[-1] == "39"
 
 
 # ---- Contact sheet ----
 
-def features_of(videos, **changed):
-    """What the contact sheet reads of retrieval.py --features."""
-    paths = sorted(LENGTHS)
-    files, classes = [str(videos / path) for path in paths], [path.split("/")[0] for path in paths]
-    arrays = dict(
-        query_files=files[:3], query_classes=classes[:3], gallery_files=files,
-        gallery_classes=classes, nearest=[[1, 12, -1], [0, 2, 12], [12, 0, 1]],
-        cosines=[[0.9, 0.2, 0], [0.8, 0.7, 0.1], [0.5, 0.4, 0.3]])
-    return {name: np.array(value) for name, value in (arrays | changed).items()}
+def test_neighbours_have_a_cosine_a_sign_and_a_border_that_tell_right_from_wrong(videos, tmp_path):
+    paths = sorted(LENGTHS)                                     # run/00.avi ... walk/11.avi
+    files = [str(tmp_path / "gone.avi"), *(str(videos / path) for path in paths[1:])]
+    classes = [path.split("/")[0] for path in paths]
+    classes[2] = ""
+    figure = neighbours.draw(queries=10, neighbours=3, arrays=dict(
+        query_files=files[:2], query_classes=classes[:2], gallery_files=files,
+        gallery_classes=classes, nearest=np.array([[1, 12, -1], [0, 2, 12]]),
+        cosines=np.array([[0.9, 0.2, 0], [0.8, 0.7, 0.1]])))
+    shown = [(axes.get_xlabel(), axes.spines["top"].get_linestyle()) for axes in figure.axes]
+    assert shown[:3] == [("run", "-"), ("+ run\ncosine 0.90", "-"), ("× walk\ncosine 0.20", "--")]
+    assert not figure.axes[3].axison                            # no third neighbour
+    assert texts(figure.axes[5].texts) == ["cannot be read"]
+    assert shown[6] == ("04.avi\ncosine 0.70", "-")             # without a class
+    frame = figure.axes[6].images[0].get_array()
+    assert np.array_equal(frame, neighbours.middle_frame(files[2]))
 
 
-def looks(figure, row, columns):
-    places = figure.axes[row * columns:(row + 1) * columns]
-    return [(axes.get_xlabel(), axes.spines["top"].get_linestyle()) for axes in places]
-
-
-def test_right_and_wrong_neighbours_differ_in_sign_and_border(videos):
-    figure = neighbours.draw(features_of(videos), queries=10, neighbours=2)
-    assert len(figure.axes) == 9
-    assert looks(figure, 0, 3) == [
-        ("run", "-"), ("+ run\ncosine 0.90", "-"), ("× walk\ncosine 0.20", "--")]
-
-
-def test_videos_without_classes_have_their_name_and_no_sign_and_missing_neighbours_no_place(videos):
-    arrays = features_of(videos, query_classes=[""] * 3, gallery_classes=[""] * 13)
-    figure = neighbours.draw(arrays, queries=1, neighbours=3)
-    assert looks(figure, 0, 3) == [
-        ("00.avi", "-"), ("02.avi\ncosine 0.90", "-"), ("11.avi\ncosine 0.20", "-")]
-    assert [axes.axison for axes in figure.axes] == [True, True, True, False]
-
-
-def test_the_middle_frame_is_shown_and_a_video_that_is_gone_is_said_to_be(videos, tmp_path):
-    middle = neighbours.middle_frame(write_video(tmp_path / "a.avi", numbered_frames(201)))
-    assert middle.shape == (160, 160, 3)
-    bits = [int(part.mean() > 127) for part in np.array_split(middle[:, :, 0], 6, axis=1)]
+def test_the_frame_of_a_video_is_its_middle_one_cropped_in_the_centre(tmp_path):
+    frame = neighbours.middle_frame(write_video(tmp_path / "a.avi", numbered_frames(201)))
+    assert frame.shape == (160, 160, 3)
+    bits = [int(part.mean() > 127) for part in np.array_split(frame[:, :, 0], 6, axis=1)]
     assert bits == [1, 1, 0, 0, 1, 0]                           # the middle ones of 100's eight
-    arrays = features_of(videos, gallery_files=[str(tmp_path / "none.avi")] * 13)
-    axes = neighbours.draw(arrays, 1, 1).axes[1]
-    assert [text.get_text() for text in axes.texts] == ["cannot be read"]
 
 
 def test_a_damaged_video_is_shown_by_a_frame_that_decodes(shared):
@@ -199,8 +144,115 @@ def test_a_damaged_video_is_shown_by_a_frame_that_decodes(shared):
     assert neighbours.middle_frame(file).shape == (160, 160, 3)
 
 
-def test_the_sheet_of_retrievals_features_is_written(retrieved, tmp_path):
-    np.savez(tmp_path / "features.npz", **retrieved[1])
-    words = tmp_path / "features.npz", "--queries", 2, "--out", tmp_path / "a.png"
-    neighbours.main([str(word) for word in words])
-    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
+# ---- What ψ encodes ----
+
+@pytest.fixture(scope="module")
+def encoded(pairs):
+    """84 random ψ, those of a group somewhat alike -> labels of each, cosines, their statistics"""
+    labels = collate([pairs[epoch, group] for epoch in range(7) for group in range(6)])
+    x = torch.randn(42, 2, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 1] += x[:, 0]
+    x = x.flatten(0, 1)
+    names = "video", "start", "pq", "speed", "direction", "order"
+    rows = [dict(zip(names, values)) for values in zip(*(labels[name].tolist() for name in names))]
+    cosines = torch.cosine_similarity(x[:, None].double(), x.double(), dim=2).tolist()
+    return rows, cosines, psi.statistics(x, labels, pairs.speeds, pairs.T)
+
+
+def kinds_of(row):
+    """What the picture calls a row of labels."""
+    return dict(
+        pq=row["pq"], speed=" ".join(f"{2 ** k}x" for k in row["speed"]),
+        direction=" ".join("→←"[k] for k in row["direction"]),
+        order=("before", "after", "overlap")[row["order"]])
+
+
+def test_accuracy_chance_and_confusion_of_the_nearest_psi_equal_a_double_loop(encoded):
+    rows, cosines, result = encoded
+    kinds, chances, counts = [kinds_of(row) for row in rows], Counter(), Counter()
+    for n, a in enumerate(rows):
+        others = [m for m, b in enumerate(rows) if b["video"] != a["video"]]
+        nearest = max(others, key=lambda m: cosines[n][m])
+        for kind, name in kinds[n].items():
+            counts[kind, name, kinds[nearest][kind]] += 1
+            chances[kind] += np.mean([kinds[m][kind] == name for m in others]) / len(rows)
+    for kind, found in dict(result["kinds"], pq=result["pq"]).items():
+        right = sum(count for (k, a, b), count in counts.items() if k == kind and a == b)
+        assert found["accuracy"] == pytest.approx(right / len(rows))
+        assert found["chance"] == pytest.approx(chances[kind])
+        for a, row in zip(found.get("names", ()), found.get("matrix", ())):
+            wanted = np.array([counts[kind, a, b] for b in found["names"]])
+            assert row == pytest.approx(wanted / max(1, wanted.sum()))
+
+
+def steps_of(a, b):
+    """{curve: step} to which two rows of labels, of different videos, contribute."""
+    shift = abs(a["start"][1] - a["start"][0] - b["start"][1] + b["start"][0])
+    octaves = sum(abs(x - y) for x, y in zip(a["speed"], b["speed"]))       # classes of 1, 2, 4, 8
+    turns = sum(x != y for x, y in zip(a["direction"], b["direction"]))
+    steps = {}
+    if octaves == turns == 0:
+        steps["shift"] = next(x for x in (0, 1, 2, 4, 8, 16, 32, 64) if shift <= x)
+    if shift <= 4 and turns == 0:
+        steps["speed"] = octaves
+    if shift <= 4 and octaves == 0:
+        steps["direction"] = turns
+    return steps
+
+
+def test_the_curves_of_psi_equal_a_double_loop(encoded):
+    rows, cosines, result = encoded
+    wanted = defaultdict(list)
+    for n, a in enumerate(rows):
+        for m, b in enumerate(rows[:n]):
+            if b["video"] != a["video"]:
+                for step in steps_of(a, b).items():
+                    wanted[step].append(cosines[n][m])
+    steps = {(name, step["up_to"]): (step["pairs"], step["cosine"])
+             for name, curve in result["curves"].items() for step in curve}
+    assert steps.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert steps[key] == pytest.approx((len(values), np.mean(values)))
+
+
+def test_the_picture_of_psi_shows_its_curves_and_confusion(encoded):
+    _, _, result = encoded
+    figure = psi.draw(dict(checkpoint=result), "title")
+    for axes, curve in zip(figure.axes, result["curves"].values()):
+        assert axes.lines[0].get_ydata().tolist() == [step["cosine"] for step in curve]
+        assert texts(axes.get_xticklabels()) == [str(step["up_to"]) for step in curve]
+    for axes, kind in zip(figure.axes[3:], result["kinds"].values()):
+        assert np.allclose(axes.images[0].get_array(), 100 * np.array(kind["matrix"]))
+        assert texts(axes.get_yticklabels()) == kind["names"]
+
+
+def draw_psi(world, checkpoint, out):
+    psi.main([str(word) for word in (
+        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--workers", 0,
+        "--amp", "off", "--checkpoint", checkpoint, "--out", out)])
+
+
+def test_the_numbers_of_psi_repeat_and_differ_from_the_random_baseline(
+        world, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(psi, "GROUPS", 12)
+    for name in "ab":
+        draw_psi(world, whole / "checkpoint.pt", tmp_path / f"{name}.png")
+    a, b = (read_json(tmp_path / f"{name}.json") for name in "ab")
+    assert a["psi"] == b["psi"] and a["psi"]["checkpoint"] != a["psi"]["random"]
+    assert (a["videos"], a["pairs"]) == (6, 24)
+
+
+def test_psi_is_the_networks_own_in_eval_mode(whole):
+    checkpoint, clips = load_checkpoint(whole), torch.randn(4, 2, 3, 4, 16, 16)
+    network = TimeEquivariant("r3d18_narrow", checkpoint["args"]["losses"]).eval()
+    network.load_state_dict(checkpoint["model"])
+    file = whole / "checkpoint.pt"
+    with torch.no_grad():
+        x = psi.with_psi(load_backbone(file), file)(clips)["psi"]
+        torch.testing.assert_close(x, network(clips)["psi"])
+
+
+def test_a_checkpoint_without_psi_ends_in_one_sentence(world, whole, tmp_path):
+    file = whole / "backbone.pt"
+    message = fails(lambda _: draw_psi(world, file, tmp_path / "psi.png"), [])
+    assert f"{file} has no psi: give checkpoint.pt of a run with the term equi" in message

@@ -1,0 +1,177 @@
+"""Each script's defaults are the paper's; wrong commands end in one sentence."""
+import os
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import (
+    CLASSES,
+    drifting,
+    evaluation_words,
+    fails,
+    listed,
+    words,
+    write_lists,
+    write_video,
+)
+
+import finetune
+import linear_probe
+import pretrain
+import retrieval
+from common import flags
+from common.distributed import run
+from models import BACKBONES, LOSSES
+
+SCRIPTS = dict(pretrain=pretrain, finetune=finetune, linear_probe=linear_probe, retrieval=retrieval)
+DATASETS = ("ucf101", "hmdb51", "diving48", "diving48v1", "kinetics400", "folder")
+
+
+# ---- Defaults ----
+
+PAPER = dict(epochs=400, batch_size=192, frames=16, size=128, lr=3e-4, warmup_epochs=10)
+DIFFERENT = {                                               # data set, backbone -> what differs
+    ("kinetics400", "r3d18"): dict(epochs=200, batch_size=512),
+    ("kinetics400", "r3d18_tv"): dict(epochs=200, batch_size=512),
+    ("kinetics400", "r3d18_narrow"): dict(epochs=200, batch_size=512),
+    ("kinetics400", "s3dg"): dict(epochs=200, batch_size=256, frames=32),
+    ("kinetics400", "r2plus1d18"): dict(epochs=200, batch_size=192, size=112)}
+COMMON = dict(amp="off", seed=0, index=None, annotations=None)
+STEPS = COMMON | dict(weight_decay=1e-4, log_every=10, save_every=60)
+
+
+@pytest.mark.parametrize("arch", BACKBONES)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_pretraining_takes_the_papers_values(dataset, arch):        # Sec. 3.4, 4.1, 4.2, Table 2
+    expected = PAPER | DIFFERENT.get((dataset, arch), {})
+    if arch == "r2plus1d18" or dataset.startswith("diving48"):
+        expected |= dict(size=112)
+    if arch == "s3dg":
+        expected |= dict(frames=32)
+    given = ["--dataset", dataset, "--data", "videos"]
+    args = vars(pretrain.parse_args([*given, "--arch", arch]))
+    assert args.items() >= (expected | STEPS).items()
+    assert args["out"] == f"runs/{dataset}-{arch}" and args["arch"] == arch
+    assert pretrain.parse_args(given).arch == "r3d18"
+
+
+def test_pretraining_is_row_k_of_table_1():
+    args = vars(pretrain.parse_args([]))
+    toy = dict(epochs=200, batch_size=32, frames=8, size=24, lr=2e-3, warmup_epochs=10)
+    assert args.items() >= (toy | STEPS | dict(
+        dataset="toy", data="toy-videos", split=1, arch="r3d18_narrow", losses=[*LOSSES],
+        equivariance="temporal", speeds=[1, 2, 4, 8], lam=0.1, init=None, accumulate=1,
+        sync_bn=False, compile=False, tensorboard=False, keep_every=0)).items()
+
+
+@pytest.mark.parametrize("dataset", ["toy", *DATASETS])
+def test_fine_tuning_takes_the_papers_values(dataset):              # Sec. 3.4, 4.2
+    expected = dict(epochs=100, batch_size=32, lr=1e-4, warmup_epochs=5)
+    if dataset == "hmdb51":
+        expected |= dict(epochs=200)
+    if dataset == "toy":
+        expected = dict(epochs=15, batch_size=16, lr=1e-3, warmup_epochs=1)
+    args = vars(finetune.parse_args(["--dataset", dataset, "--data", "videos"]))
+    expected |= dict(crops="ten", windows=10, step=4, split=[1], checkpoint=None, predict=None)
+    assert args.items() >= (expected | STEPS).items()
+
+
+def test_features_are_those_of_section_3_4():
+    expected = COMMON | dict(
+        crops="centre", windows=10, step=4, split=[1], checkpoint=None, out=None)
+    probe, retrieve = (vars(script.parse_args([])) for script in (linear_probe, retrieval))
+    assert probe.items() >= (expected | dict(C=1e-3)).items()
+    more = dict(gallery="train", query="test", k=[1, 5, 10, 20], features=None)
+    assert retrieve.items() >= (expected | more).items()
+    assert retrieval.parse_args(["--k", "5", "1", "5"]).k == [1, 5]
+
+
+def test_a_zero_is_no_default():
+    zeros = ["--warmup-epochs", "0", "--weight-decay", "0", "--save-every", "0", "--workers", "0"]
+    for script in (pretrain, finetune):
+        args = script.parse_args(zeros)
+        assert {args.warmup_epochs, args.weight_decay, args.save_every, args.workers} == {0}
+
+
+@pytest.mark.parametrize("cuda, processes, workers", [
+    (False, 1, 11), (False, 4, 2), (False, 12, 1), (True, 1, 12), (True, 4, 3), (True, 24, 1)])
+def test_workers_are_the_cores_of_a_process_less_one_that_trains(
+        monkeypatch, cuda, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert flags.default_workers() == workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(900))
+    assert flags.default_workers() == 16
+
+
+# ---- Wrong commands ----
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder of files to give wrongly; the flags below name paths in it."""
+    here = tmp_path_factory.mktemp("here")
+    (here / "empty").mkdir()
+    for name in ("a", "b"):                                 # without class folders
+        write_video(here / "plain" / f"{name}.avi", drifting(60))
+    write_lists(here / "same", CLASSES, trainlist01=[listed(0)], testlist01=[listed(0)])
+    torch.save({"a": torch.ones(1)}, here / "tensors.pt")
+    return here
+
+
+WRONG = [                               # script, flags, regular expression of the sentence
+    ("pretrain", "--epoch 3", "unrecognized arguments: --epoch 3"),
+    ("pretrain", "--epochs 0", "argument --epochs: invalid positive_int value: '0'"),
+    ("pretrain", "--lr nan", "argument --lr: invalid positive_float value: 'nan'"),
+    ("pretrain", "--weight-decay -1", "--weight-decay: invalid non_negative_float value: '-1'"),
+    ("pretrain", "--seed -1", "argument --seed: invalid non_negative_int value: '-1'"),
+    ("pretrain", "--equivariance spatial", "--equivariance spatial .*--losses inst equi only"),
+    ("linear_probe", "--C big", "argument --C: invalid .* value: 'big'"),
+    ("pretrain", "--batch-size 7", "--batch-size 7 must be a multiple of 2 "),
+    ("pretrain", "--batch-size 26", "--batch-size 26 must be .* at most 24, the usable videos"),
+    ("pretrain", "--accumulate 3", "--batch-size 8 must be a multiple of 6 "),
+    ("finetune", "--batch-size 1", "--batch-size 1 must be .* at least two videos each"),
+    ("finetune", "--batch-size 25", "--batch-size 25 must be .* at most 24, the usable videos"),
+    ("pretrain", "--dataset ucf101 --data none", r"video folder none does not exist \(--data\)"),
+    ("pretrain", "--dataset toy --data empty", "empty is not the toy set: say with --dataset"),
+    ("pretrain", "--dataset folder --data empty", "folder: no videos in empty"),
+    ("retrieval", "--gallery none", "the video folder none does not exist"),
+    ("pretrain", "--annotations none", r"no list trainlist01.txt in none .*\(--annotations\)"),
+    ("linear_probe", "--annotations same", "1 test videos are also training videos"),
+    ("finetune", "--dataset folder --data plain", "has no labels to learn"),
+    ("pretrain", "--dataset diving48 --split 2", "diving48 has one split, 1, but --split is 2"),
+    ("finetune", "--dataset folder --split 1 3", "folder has one split, 1, but --split is .1, 3"),
+    ("finetune", "--checkpoint none.pt", "no such file: none.pt"),
+    ("finetune", "--predict plain --checkpoint tensors.pt", "tensors.pt names no classes"),
+    ("retrieval", "--arch s3dg", "backbone.pt does not fit: .*Missing key"),
+    ("pretrain", "--init tensors.pt", "tensors.pt does not fit: .*Missing key"),
+]
+
+
+@pytest.mark.parametrize("script, flags, message", WRONG)
+def test_a_wrong_command_ends_in_one_sentence(
+        world, whole, here, tmp_path, monkeypatch, capsys, script, flags, message):
+    monkeypatch.chdir(here)
+    more = shlex.split(flags)
+    argv = evaluation_words(script, world, whole, tmp_path / "out", *more)
+    if script == "pretrain":
+        argv = words(world, tmp_path / "out", *more)
+    sentence = fails(SCRIPTS[script].main, argv)
+    if sentence == "2":                 # argparse printed it
+        sentence = capsys.readouterr().err.splitlines()[-1]
+    assert ": error: " in sentence and re.search(message, sentence), sentence
+
+
+def test_a_data_set_needs_its_folder_and_predict_its_checkpoint(capsys):
+    for argv, sentence in (
+            (["--dataset", "ucf101"], "--dataset ucf101 needs --data, the folder of its videos"),
+            (["--predict", "videos"], "--predict needs --checkpoint, a checkpoint.pt of this")):
+        assert fails(finetune.main, argv) == "2" and sentence in capsys.readouterr().err
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback():
+    def fail():
+        raise ValueError("a mistake in the code")
+    with pytest.raises(ValueError, match="a mistake in the code"):
+        run(fail)
