@@ -18,18 +18,19 @@ from models import load_backbone, r3d18_narrow
 # ---- Numbers that are not finite ----
 
 
-@pytest.mark.parametrize("log_every, message", [
-    (1, r"the loss is not finite in the 1 steps up to 5: loss nan, inst [\d.]+, .*, speed nan, "),
-    (1000, "step 5: backbone.* is not finite")])
+@pytest.mark.parametrize("value, log_every, message", [
+    ("nan", 1, r"not finite in the 1 steps up to 5: loss nan, inst [\d.]+, .*, speed nan, "),
+    ("inf", 1, r"not finite in the 1 steps up to 5: loss inf, inst [\d.]+, .*, speed inf, "),
+    ("nan", 1000, "step 5: backbone.* is not finite")])
 def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_before_it_stays(
-        world, tmp_path, monkeypatch, log_every, message):
-    def objective_with_nan(*args):
+        world, tmp_path, monkeypatch, value, log_every, message):
+    def broken_objective(*args):
         steps.append(objective(*args))
         if len(steps) == 5:
-            steps[-1]["speed"] = steps[-1]["speed"] * float("nan")
+            steps[-1]["speed"] = steps[-1]["speed"] * float(value)
         return steps[-1]
     steps, objective = [], pretrain.objective
-    monkeypatch.setattr(pretrain, "objective", objective_with_nan)
+    monkeypatch.setattr(pretrain, "objective", broken_objective)
     with pytest.raises(UserError, match=f"{message}.*, if there, (is|are) from before"):
         train(world, tmp_path, "--log-every", log_every)
     assert load_checkpoint(tmp_path)["step"] == 4

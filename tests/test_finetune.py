@@ -35,7 +35,7 @@ import models
 from common import UserError
 from common.evaluation import average_crops, load_parts
 from common.splits import load_split, scan
-from data import Clips, collate, colour
+from data import Clips, collate, colour, epoch_order
 from models import classifier, load_backbone, new_backbone
 
 CHECKPOINT = "finetune-ucf101-2x-1/checkpoint.pt"
@@ -95,6 +95,18 @@ def test_videos_of_fewer_frames_than_a_clip_are_trained_on(tiny_copy, checkpoint
 
 class Reached(Exception):
     pass
+
+
+def test_each_process_trains_on_its_own_part_of_a_batch(tiny, checkpoint, tmp_path, monkeypatch):
+    def first_batch(*args):
+        videos.extend(next(step_loader(*args))["video"].tolist())
+        raise Reached
+    videos, step_loader = [], finetune.step_loader
+    monkeypatch.setattr(finetune, "step_loader", first_batch)
+    monkeypatch.setattr(finetune, "rank_and_world", lambda: (1, 2))
+    with pytest.raises(Reached):
+        tune(tiny, checkpoint, tmp_path)                    # six videos a batch
+    assert videos == epoch_order(0, 0, 18)[3:6].tolist()
 
 
 @pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])

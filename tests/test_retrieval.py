@@ -11,7 +11,7 @@ import retrieval
 from common import splits
 from common.evaluation import average_crops
 from models import load_backbone
-from retrieval import chance_recall, recall, search, standardise
+from retrieval import Side, chance_recall, ids_of, recall, search, standardise
 
 NONE = torch.iinfo(torch.int64).max                         # the rank where there is no such video
 
@@ -116,6 +116,21 @@ def test_features_are_standardised_by_the_gallery_alone():
     after = standardise(gallery, query)
     assert after[0].equal(before[0]) and after[1][1:].equal(before[1][1:])
     assert standardise(gallery[:1], query)[0].tolist() == [[0] * 6]     # no 0 / 0
+
+
+def test_classes_match_by_name_and_videos_by_file_and_without_all_classes_there_is_no_recall():
+    x = {"net": np.eye(3, dtype=np.float32)}
+    gallery = Side(["a", "b", "c"], ["/a", "/b", "/c"], ["run", "walk", "jump"], x)
+    query = Side(["d", "b", "e"], ["/d", "/b", "/e"], ["jump", "walk", "sit"], x)
+    (classes, files), (query_classes, query_files) = ids_of(gallery, query)
+    assert query_classes[:2].tolist() == [classes[2], classes[1]]
+    assert query_classes[2] not in classes
+    assert (files[:, None] == query_files).sum() == (files[1] == query_files[1]) == 1
+    recalls, _ = retrieval.retrieve(gallery, query, 3, [1], CPU)
+    assert set(recalls) == {"net", "chance"}
+    for sides in ((gallery, query._replace(classes=["jump", "", ""])),
+                  (gallery._replace(classes=["run", "", ""]), query)):
+        assert retrieval.retrieve(*sides, 3, [1], CPU)[0] == {}
 
 
 # ---- Networks and splits ----
