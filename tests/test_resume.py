@@ -89,6 +89,13 @@ def test_a_signal_saves_at_once_and_ends_in_a_sentence_below_the_bar(world, whol
     assert same(train(world, tmp_path), load_checkpoint(whole))
 
 
+def test_after_training_signals_act_as_before(world, tmp_path):
+    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    train(world, tmp_path, "--epochs", 1)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_ctrl_c_during_the_scan_ends_it_in_one_sentence(world, tmp_path, monkeypatch):
     def interrupted_probe(path):
         probed.append(path)

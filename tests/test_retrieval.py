@@ -121,7 +121,7 @@ def test_features_are_standardised_by_the_gallery_alone():
 def test_classes_match_by_name_and_videos_by_file_and_without_all_classes_there_is_no_recall():
     x = {"net": np.eye(3, dtype=np.float32)}
     gallery = Side(["a", "b", "c"], ["/a", "/b", "/c"], ["run", "walk", "jump"], x)
-    query = Side(["d", "b", "e"], ["/d", "/b", "/e"], ["jump", "walk", "sit"], x)
+    query = Side(["a", "b", "e"], ["/x/a", "/b", "/e"], ["jump", "walk", "sit"], x)
     (classes, files), (query_classes, query_files) = ids_of(gallery, query)
     assert query_classes[:2].tolist() == [classes[2], classes[1]]
     assert query_classes[2] not in classes
