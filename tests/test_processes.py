@@ -1,8 +1,10 @@
 """Several processes do what one does: gradients, samples, stopping; torchrun and its restart."""
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from conftest import (
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from common.distributed import init_distributed
+from common.distributed import end_loader_processes, ignore_signals, init_distributed
 from common.flags import paper_defaults
 from common.toy import TOY_CLASSES
 from common.training import mean_over_processes
@@ -144,6 +146,22 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path
     assert together(2, train_and_get_a_signal, argv, signal.SIGINT) == [1, 1]
     assert load_checkpoint(tmp_path)["step"] == 4
     assert together(2, train_on, argv) == [0, 0] and load_checkpoint(tmp_path)["step"] == STEPS
+
+
+def wait_as_a_loader_process(ready):
+    ignore_signals(0)
+    ready.set()
+    time.sleep(100)
+
+
+def test_no_loader_process_outlives_a_run():
+    ready = multiprocessing.Event()
+    process = multiprocessing.Process(target=wait_as_a_loader_process, args=[ready])
+    process.start()
+    assert ready.wait(60)
+    end_loader_processes()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
 
 
 # ---- torchrun ----
