@@ -115,7 +115,7 @@ def videos(tmp_path_factory):
     """Thirteen tiny videos of LENGTHS and two other files, in two class folders; read-only."""
     root = tmp_path_factory.mktemp("data") / "videos"
     for path, length in LENGTHS.items():
-        frames = [frame[::2, ::2] + np.uint8(16) for frame in numbered_frames(length)]
+        frames = [frame[::2, ::2] // 2 + 16 for frame in numbered_frames(length)]
         write_video(root / path, frames)
     for folder in ("run", "walk"):
         (root / folder / "readme.txt").write_text("")

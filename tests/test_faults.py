@@ -42,8 +42,8 @@ def test_statistics_that_are_not_finite_are_never_saved(world, tmp_path, monkeyp
         return networks[-1]
     networks, network = [], pretrain.TimeEquivariant
     monkeypatch.setattr(pretrain, "TimeEquivariant", build)
-    # a running variance, which training does not use
-    at_step(3, lambda: networks[0].backbone.stem[1].running_var.fill_(float("inf")))
+    # one running variance, which training does not use
+    at_step(3, lambda: networks[0].backbone.stem[1].running_var[0].fill_(float("inf")))
     with pytest.raises(UserError, match="step 3: backbone.stem.1.running_var is not finite"):
         train(world, tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 2
