@@ -2,7 +2,6 @@
 
 Helpers that several test files use are here too: `from conftest import ROOT`.
 """
-import contextlib
 import json
 import math
 import multiprocessing
@@ -10,9 +9,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -40,6 +37,7 @@ from models import new_backbone
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+INVALID = "Invalid data found when processing input"       # FFmpeg's word
 SHARP = dict(flags="+qscale", global_quality="236")         # mpeg4's options for few artefacts
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored in background jobs
@@ -88,6 +86,20 @@ def numbered_frames(frames):
     return [np.broadcast_to(row[None, :, None], (48, 64, 3)) for row in rows]
 
 
+def numbers(clip):
+    """The numbers that such frames show, at any size: uint8 (N, 3, H, W) -> N ints"""
+    bits = clip.float().unflatten(-1, (8, -1)).mean((1, 2, 4)) > 127
+    return np.packbits(bits.numpy(), axis=1)[:, 0].tolist()
+
+
+def garble_frame(path, n):
+    """Overwrite frame n of a Motion JPEG in AVI, so that decoding ends there."""
+    start = b"\xff\xd8\xff"                                 # of a JPEG
+    images = path.read_bytes().split(start)
+    images[n + 1] = bytes(len(images[n + 1]))               # the first part is AVI's header
+    path.write_bytes(start.join(images))
+
+
 def drifting(frames, seed=0, axis=0, side=32):
     """A random texture that moves a pixel a frame, down (axis 0) or across (axis 1)
 
@@ -120,6 +132,12 @@ def videos(tmp_path_factory):
     for folder in ("run", "walk"):
         (root / folder / "readme.txt").write_text("")
     return root
+
+
+@pytest.fixture
+def copy(videos, tmp_path):
+    """The small videos, to be changed by the test."""
+    return shutil.copytree(videos, tmp_path / "videos")
 
 
 # ---- A small world, and runs of pretrain.py in it ----
@@ -209,6 +227,30 @@ def at_step():
         handle.remove()
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Restore the signal handlers after each test."""
+    handled = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    before = {number: signal.getsignal(number) for number in handled}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Reached(Exception):
+    """Raised by a spy where the rest of a run does not matter."""
+
+
+def fails(main, argv):
+    """The sentence in which main ends under `distributed.run`; "2" where argparse printed it."""
+    with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["SCRIPT", *map(str, argv)])
+        distributed.run(lambda: main([str(word) for word in argv]))
+    message = str(exit.value.code)
+    assert message not in ("0", "None") and "\n" not in message
+    return message
+
+
 # ---- A plain training loop ----
 
 def flags_of(given):
@@ -251,30 +293,11 @@ def used_rates():
 def assert_same_training(log, used, weights, expected_rates, expected_losses, network):
     """A run's log, rates and weights are those of `plain_training`, but for rounding errors."""
     assert [line["lr"] for line in log] == pytest.approx(expected_rates, rel=1e-5)
-    assert used[:len(log)] == pytest.approx(expected_rates)     # in the optimiser itself
+    # in the optimiser itself; the plain loop's steps follow
+    assert used[:len(log)] == pytest.approx(expected_rates)
     assert [line["loss"] for line in log] == pytest.approx(expected_losses, rel=1e-3)
     for name, value in network.named_parameters():
         assert weights[name].norm().item() == pytest.approx(value.norm().item(), 0.01, 1e-4), name
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Restore the signal handlers after each test."""
-    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def fails(main, argv):
-    """The sentence in which main ends under `distributed.run`; "2" where argparse printed it."""
-    with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["SCRIPT", *map(str, argv)])
-        distributed.run(lambda: main([str(word) for word in argv]))
-    message = str(exit.value.code)
-    assert message not in ("0", "None") and "\n" not in message
-    return message
 
 
 # ---- A tiny set of 27 videos with two official splits, and evaluations of it ----
@@ -380,17 +403,11 @@ def probed(tiny, checkpoint, tmp_path_factory):
     return probe(tiny, checkpoint, tmp_path_factory.mktemp("probed"))
 
 
-def by_path(arrays):
-    """{path: feature} of gallery and query."""
-    return {path: x for side in ("gallery", "query")
-            for path, x in zip(arrays[f"{side}_paths"].tolist(), arrays[f"{side}_features"])}
-
-
-def by_hand(arrays, C=1e-3):
+def by_hand(arrays):
     """scikit-learn's linear SVM, step by step, on retrieval's arrays -> {test path: is it right}"""
     scaler = StandardScaler().fit(arrays["gallery_features"])
     x, test_x = (scaler.transform(arrays[f"{side}_features"]) for side in ("gallery", "query"))
-    svm = LinearSVC(C=C, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
+    svm = LinearSVC(C=1e-3, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
     right = svm.predict(test_x) == arrays["query_classes"]
     return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
 
@@ -438,40 +455,18 @@ run(lambda: pretrain.main(sys.argv[1:]))
     return path
 
 
-def run_python(*argv, cwd):
-    """Run Python with the project's modules; it must succeed -> its stdout"""
-    done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def wait_until(condition, process):
-    """Wait until condition() holds; fail if the process, a subprocess.Popen, ends first."""
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-
-
 def free_port():
     """A port of this machine on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
-@contextlib.contextmanager
-def forkserver():
-    """A multiprocessing context whose processes share one import of the modules."""
+def start(target, *args):
+    """Call target(*args) in a process of its own -> the process. All share one import."""
     multiprocessing.set_forkserver_preload(["pretrain"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)                                   # the server imports from there
-        yield multiprocessing.get_context("forkserver")
-
-
-def start(target, *args):
-    """Call target(*args) in a process of its own -> the process"""
-    with forkserver() as context:
-        process = context.Process(target=target, args=args)
+        process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
         process.start()
     return process
 

@@ -2,7 +2,6 @@
 import itertools
 import os
 import random
-import shutil
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -240,12 +239,6 @@ def test_network_input_is_normalised_as_torchvision_does_and_channels_last():
 
 
 # ---- Batches ----
-
-@pytest.fixture
-def copy(videos, tmp_path):
-    """The small videos, to be changed."""
-    return Path(shutil.copytree(videos, tmp_path / "videos"))
-
 
 def dataset(root, kind=Pairs, **options):
     """All videos below root, in clips of 8 frames of 16x16."""

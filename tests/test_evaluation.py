@@ -15,7 +15,6 @@ from conftest import (
     TINY_CLASSES,
     TORCHRUN,
     by_hand,
-    by_path,
     fails,
     noisy,
     official,
@@ -134,6 +133,12 @@ def test_a_network_whose_output_is_not_finite_gives_no_number(tiny, tmp_path):
     torch.save(dict(arch=net.arch, backbone=net.state_dict(), args={}), tmp_path / "nan.pt")
     argv = tiny_words(tiny, tmp_path / "nan.pt", tmp_path, "--frames", 4, "--size", 16)
     assert "output is finite for 0 of these" in fails(linear_probe.main, argv)
+
+
+def by_path(arrays):
+    """{path: feature} of gallery and query, from the arrays of --features."""
+    return {path: x for side in ("gallery", "query")
+            for path, x in zip(arrays[f"{side}_paths"].tolist(), arrays[f"{side}_features"])}
 
 
 # ---- A feature depends on its video and the checkpoint alone ----

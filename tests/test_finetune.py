@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import (
     CPU,
     SHARP,
+    Reached,
     assert_same_training,
     fails,
     flags_of,
@@ -91,10 +92,6 @@ def test_videos_of_fewer_frames_than_a_clip_are_trained_on(tiny_copy, checkpoint
     write_video(tiny_copy / "UCF-101" / path, noisy(0, 0)[:3], **SHARP)
     tune(tiny_copy, checkpoint, tmp_path, "--epochs", 1, "--batch-size", 18)
     assert "18 usable" in capsys.readouterr().err
-
-
-class Reached(Exception):
-    pass
 
 
 def test_each_process_trains_on_its_own_part_of_a_batch(tiny, checkpoint, tmp_path, monkeypatch):

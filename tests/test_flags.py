@@ -6,13 +6,10 @@ import shlex
 import pytest
 import torch
 from conftest import (
-    CLASSES,
     drifting,
     evaluation_words,
     fails,
-    listed,
     words,
-    write_lists,
     write_video,
 )
 
@@ -115,7 +112,6 @@ def here(tmp_path_factory):
     (here / "empty").mkdir()
     for name in ("a", "b"):                                 # without class folders
         write_video(here / "plain" / f"{name}.avi", drifting(60))
-    write_lists(here / "same", CLASSES, trainlist01=[listed(0)], testlist01=[listed(0)])
     torch.save({"a": torch.ones(1)}, here / "tensors.pt")
     return here
 
@@ -138,8 +134,6 @@ WRONG = [                               # script, flags, regular expression of t
     ("pretrain", "--dataset folder --data empty", "folder: no videos in empty"),
     ("retrieval", "--gallery none", "the video folder none does not exist"),
     ("pretrain", "--annotations none", r"no list trainlist01.txt in none .*\(--annotations\)"),
-    ("linear_probe", "--annotations same", "1 test videos are also training videos"),
-    ("finetune", "--dataset folder --data plain", "has no labels to learn"),
     ("pretrain", "--dataset diving48 --split 2", "diving48 has one split, 1, but --split is 2"),
     ("finetune", "--dataset folder --split 1 3", "folder has one split, 1, but --split is .1, 3"),
     ("finetune", "--checkpoint none.pt", "no such file: none.pt"),

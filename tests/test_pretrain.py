@@ -13,6 +13,7 @@ from conftest import (
     ROOT,
     SHARP,
     TORCHRUN,
+    Reached,
     assert_same_training,
     drifting,
     fails,
@@ -229,32 +230,33 @@ def test_videos_of_just_enough_frames_for_the_slowest_clip_are_used(tmp_path, ca
 
 
 def test_split_and_index_are_the_ones_that_were_given(world, tmp_path):
-    lists = write_lists(tmp_path / "lists", ("Down", "Across"), trainlist02=[
-        line for line in (world / "trainlist01.txt").read_text().splitlines()[:8]])
+    lists = write_lists(tmp_path / "lists", ("Down", "Across"), trainlist02=(
+        world / "trainlist01.txt").read_text().splitlines()[:8])
     index = tmp_path / "index.json"
     train(world, tmp_path / "out", "--annotations", lists, "--split", 2, "--index", index)
     assert load_checkpoint(tmp_path / "out")["step"] == 3   # three epochs of one batch
     assert "v_Down_g01_c01.avi" in index.read_text()
 
 
-@pytest.mark.parametrize("flags, module, name, expected", [
-    ("--compile", torch, "compile", TimeEquivariant),
-    ("--sync-bn", torch.nn.SyncBatchNorm, "convert_sync_batchnorm", TimeEquivariant),
-    ("--workers 0", pretrain, "step_loader", 0), ("--workers 1", pretrain, "step_loader", 1)])
-def test_flags_for_speed_reach_their_function(
-        world, tmp_path, monkeypatch, flags, module, name, expected):
+@pytest.mark.parametrize("flag, module, name", [
+    ("--compile", torch, "compile"),
+    ("--sync-bn", torch.nn.SyncBatchNorm, "convert_sync_batchnorm")])
+def test_the_network_is_compiled_or_gets_synchronised_batchnorm(
+        world, tmp_path, monkeypatch, flag, module, name):
+    networks = []
+    monkeypatch.setattr(module, name, lambda network: networks.append(network) or network)
+    train(world, tmp_path, "--epochs", 1, flag)
+    assert [type(network) for network in networks] == [TimeEquivariant]
+
+
+def test_workers_are_processes_of_the_loader(world, tmp_path, monkeypatch):
     def spy(*args, **kwargs):
-        calls.append(args)
-        return args[0] if expected is TimeEquivariant else function(*args, **kwargs)
-    calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, spy)
-    train(world, tmp_path, "--epochs", 1, *flags.split())
-    (args,) = calls
-    assert isinstance(args[0], expected) if expected is TimeEquivariant else args[4] == expected
-
-
-class Reached(Exception):
-    pass
+        counts.append(kwargs["num_workers"])
+        return loader(*args, **kwargs)
+    counts, loader = [], torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", spy)
+    train(world, tmp_path, "--epochs", 1, "--workers", 1)
+    assert counts == [1]
 
 
 @pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])

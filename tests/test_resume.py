@@ -21,7 +21,6 @@ from conftest import (
     log_lines,
     start,
     train,
-    wait_until,
     words,
     wrapped_pretrain,
 )
@@ -130,7 +129,9 @@ def test_a_second_run_into_an_out_is_refused_until_the_first_ends(
     command = [sys.executable, script.__file__, *argv, "--epochs", "10000", "--log-every", "1"]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: (out / "log.jsonl").exists() and log_lines(out), first)
+        while not (out / "log.jsonl").exists() or not log_lines(out):
+            assert first.poll() is None                     # it runs until it is killed
+            time.sleep(0.05)
         message = fails(script.main, argv)
     finally:
         first.kill()

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, fails, numbered_frames, read_rows, write_video
+from conftest import (
+    INVALID,
+    ROOT,
+    fails,
+    garble_frame,
+    numbered_frames,
+    numbers,
+    read_rows,
+    write_video,
+)
 
 from common import UserError
 from common.splits import SUFFIXES, is_video
@@ -68,11 +77,9 @@ def tree(root):
     return found
 
 
-def numbers(path):
-    """The numbers that the frames of a video show, whose width is a multiple of 8."""
-    clip = decode(path, range(probe(path)[0])).float()
-    bits = clip.unflatten(-1, (8, -1)).mean((1, 2, 4)) > 127
-    return np.packbits(bits.numpy(), axis=1)[:, 0].tolist()
+def shown(path):
+    """The numbers that the frames of a video show."""
+    return numbers(decode(path, range(probe(path)[0])))
 
 
 def test_tree_files_and_frames_are_those_of_the_source_which_is_not_changed(world, tmp_path):
@@ -86,7 +93,7 @@ def test_tree_files_and_frames_are_those_of_the_source_which_is_not_changed(worl
     for path in was:
         if is_video(path):
             assert probe(copied / path) == (70, 24, 32, ""), path
-            assert numbers(copied / path) == list(range(70)), path
+            assert shown(copied / path) == list(range(70)), path
         else:
             assert now[path] == was[path]
 
@@ -137,23 +144,19 @@ def test_a_full_disk_leaves_no_half_files(world, tmp_path):
 
 def test_what_is_not_whole_is_listed_by_each_run_and_too_much_is_an_error(tmp_path, monkeypatch):
     source, target = tmp_path / "in", tmp_path / "out"
-    invalid = "Invalid data found when processing input"
     write_video(source / "whole.avi", numbered_frames(3))
     damaged = write_video(source / "damaged.avi", numbered_frames(30), "mjpeg")
-    start = b"\xff\xd8\xff"                                     # of a JPEG
-    images = damaged.read_bytes().split(start)
-    images[21] = bytes(len(images[21]))
-    damaged.write_bytes(start.join(images))
+    garble_frame(damaged, 20)
     (source / "text.avi").write_text("no video")
     (source / "dangling.txt").symlink_to(source / "none")
     with pytest.raises(UserError, match="1 of 3 videos unreadable, more than 5%"):
         run(source, target)
     expected = [
-        dict(file="damaged.avi", frames=20, reason=invalid),
+        dict(file="damaged.avi", frames=20, reason=INVALID),
         dict(file="dangling.txt", frames=0, reason="not a readable file"),
-        dict(file="text.avi", frames=0, reason=invalid)]
+        dict(file="text.avi", frames=0, reason=INVALID)]
     assert read_rows(target / "shrink.jsonl")[1:] == expected
-    assert numbers(target / "damaged.avi") == list(range(20))   # up to the fault
+    assert shown(target / "damaged.avi") == list(range(20))   # up to the fault
     monkeypatch.setattr(shrink, "MAX_BAD", 1 / 3)
     run(source, target)
     assert read_rows(target / "shrink.jsonl")[1:] == expected

@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import LENGTHS, write_lists
+from conftest import INVALID, LENGTHS, write_lists
 
 from common import UserError, splits, write_text
 from common.splits import check_test, load_and_scan, load_split, scan, usable
-
-INVALID = "Invalid data found when processing input"
 
 
 @pytest.fixture
@@ -176,12 +174,6 @@ def test_there_is_no_test_result_on_videos_of_training(tmp_path):
 
 
 # ---- The scan ----
-
-@pytest.fixture
-def copy(videos, tmp_path):
-    """The small videos, to be changed."""
-    return Path(shutil.copytree(videos, tmp_path / "videos"))
-
 
 @pytest.fixture
 def probed(monkeypatch):

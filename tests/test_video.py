@@ -13,7 +13,15 @@ import wave
 import av
 import numpy as np
 import pytest
-from conftest import SHARED, drifting, numbered_frames, write_video
+from conftest import (
+    INVALID,
+    SHARED,
+    drifting,
+    garble_frame,
+    numbered_frames,
+    numbers,
+    write_video,
+)
 
 from common import video
 from common.video import VideoError, decode, probe
@@ -21,19 +29,12 @@ from common.video import VideoError, decode, probe
 ODD = SHARED / "videos" / "odd"
 MANIFEST = list(csv.DictReader(open(ODD / "manifest.csv"))) if ODD.is_dir() else []
 COUNTS = {row["file"]: int(row["decodable_frames"] or 0) for row in MANIFEST}
-INVALID = "Invalid data found when processing input"
 
 
 def numbered_textures(frames=60):
     """`numbered_frames` over a texture that moves"""
     textures = drifting(frames, side=64)[:, :48]
     return [n // 4 * 3 + t // 4 for n, t in zip(numbered_frames(frames), textures)]
-
-
-def numbers(clip):
-    """The numbers that decoded pictures show, at any size: uint8 (N, 3, H, W) -> N ints."""
-    bits = clip.float().unflatten(-1, (8, -1)).mean((1, 2, 4)) > 127
-    return np.packbits(bits.numpy(), axis=1)[:, 0].tolist()
 
 
 def some(count, k=20):
@@ -127,10 +128,7 @@ def test_a_frame_does_not_depend_on_what_else_is_asked_for(plain):
 
 def test_a_damaged_video_gives_the_frames_before_the_fault(tmp_path):
     path = write_video(tmp_path / "a.avi", numbered_textures(), "mjpeg")
-    start = b"\xff\xd8\xff"                                     # of a JPEG
-    images = path.read_bytes().split(start)
-    images[21] = bytes(len(images[21]))                         # the first part is AVI's header
-    path.write_bytes(start.join(images))
+    garble_frame(path, 20)
     assert probe(path) == (20, 48, 64, INVALID)
     assert numbers(decode(path, range(20))) == list(range(20))
     with pytest.raises(VideoError, match=f"^{path}: {INVALID}$"):
