@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import av
@@ -33,7 +34,6 @@ import pretrain
 import retrieval
 from common import distributed
 from common.evaluation import average_crops
-from models import new_backbone
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -140,48 +140,63 @@ def copy(videos, tmp_path):
     return shutil.copytree(videos, tmp_path / "videos")
 
 
-# ---- A small world, and runs of pretrain.py in it ----
+# ---- A small world: 33 videos of three classes, with two splits in UCF101's layout ----
 
-CLASSES = ("Down", "Across")
+CLASSES = ("Bend", "Climb", "Dive")
+GROUPS = {"01": 3, "08": 4, "09": 2, "10": 2}               # videos of each, in every class
+TEST_GROUP = {1: "01", 2: "08"}                             # 24 and 21 videos are for training
 STEPS = 9                                                   # 3 epochs of 24 videos in batches of 8
 
 
-def listed(n):
-    """The path of the n-th video of `world`."""
-    cls = CLASSES[n % 2]
-    return f"{cls}/v_{cls}_g{n // 2 + 1:02d}_c01.avi"
+def official(number, part):
+    """The paths in a list of `world`."""
+    return [f"{name}/v_{name}_g{group}_c{clip:02d}.avi"
+            for name in CLASSES for group, clips in GROUPS.items()
+            if (group == TEST_GROUP[number]) == (part == "test") for clip in range(1, clips + 1)]
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """24 training and 6 test videos of two classes, in UCF101's layout; read-only."""
+    """The folder of UCF-101/ and ucfTrainTestlist/; read-only."""
     root = tmp_path_factory.mktemp("world")
-    paths = [listed(n) for n in range(30)]
-    for n, path in enumerate(paths):
-        write_video(root / "videos" / path, drifting(60, seed=n, axis=n % 2), **SHARP)
-    return write_lists(root, CLASSES, trainlist01=paths[:24], testlist01=paths[24:])
+    write_lists(root / "ucfTrainTestlist", CLASSES, **{
+        f"{part}list{number:02d}": official(number, part)
+        for number in TEST_GROUP for part in ("train", "test")})
+    for seed, path in enumerate(official(1, "train") + official(1, "test")):
+        pictures = drifting(31, seed, axis=seed % 2, side=48)[:, :32] // 2
+        pictures += np.random.default_rng(seed).integers(0, 90, 3, np.uint8)
+        pictures[..., CLASSES.index(path.split("/")[0])] += 25      # some are classified right
+        write_video(root / "UCF-101" / path, pictures, **SHARP)
+    return root
 
+
+@pytest.fixture
+def world_copy(world, tmp_path):
+    """The small world, to be changed by the test."""
+    return shutil.copytree(world, tmp_path / "copy")
+
+
+@pytest.fixture
+def own(world, tmp_path):
+    """A folder of six videos without classes."""
+    (tmp_path / "own").mkdir()
+    for n, path in enumerate(official(1, "train")[::4]):
+        shutil.copy(world / "UCF-101" / path, tmp_path / "own" / f"video {n}.avi")
+    return tmp_path / "own"
+
+
+# ---- Runs of the scripts ----
 
 def words(world, out, *more):
     """The arguments of a small pre-training."""
     return [str(word) for word in (
-        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out,
-        "--arch", "r3d18_narrow", "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3,
-        "--warmup-epochs", 1, "--lr", 1e-3, "--log-every", 1, "--save-every", 0, "--workers", 0,
-        "--amp", "off", *more)]
-
-
-def evaluation_words(script, world, whole, out, *more):
-    """The arguments of an evaluation of `whole`'s backbone on `world`."""
-    crops = ("--crops", "centre") if script == "finetune" else ()
-    return [str(word) for word in (
-        "--dataset", "ucf101", "--data", world / "videos", "--annotations", world, "--out", out,
-        "--checkpoint", whole / "backbone.pt", "--windows", 1, "--workers", 0, "--amp", "off",
-        *crops, *more)]
+        "--dataset", "ucf101", "--data", world / "UCF-101", "--out", out, "--arch", "r3d18_narrow",
+        "--frames", 4, "--size", 16, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 1,
+        "--lr", 1e-3, "--log-every", 1, "--save-every", 0, "--workers", 0, "--amp", "off", *more)]
 
 
 def train(world, out, *more):
-    """A small pre-training in this process -> its checkpoint."""
+    """A small pre-training in this process -> its checkpoint"""
     pretrain.main(words(world, out, *more))
     return load_checkpoint(out)
 
@@ -201,10 +216,83 @@ def log_lines(out):
 
 @pytest.fixture(scope="session")
 def whole(world, tmp_path_factory):
-    """The folder of an uninterrupted run; read-only."""
+    """The folder of an uninterrupted pre-training; read-only."""
     out = tmp_path_factory.mktemp("whole")
     train(world, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(whole):
+    """The backbone.pt of that run."""
+    return whole / "backbone.pt"
+
+
+def evaluation_words(world, checkpoint, out, *more):
+    """The arguments of a small evaluation."""
+    return [str(word) for word in (
+        "--dataset", "ucf101", "--data", world / "UCF-101", "--checkpoint", checkpoint, "--windows",
+        2, "--step", 2, "--crops", "centre", "--workers", 0, "--amp", "off", "--out", out, *more)]
+
+
+def read_json(file):
+    """Read a result file; NaN and Infinity are no JSON."""
+    def refuse(word):
+        pytest.fail(f"{word} in {file}")
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+def probe(world, checkpoint, out, *more):
+    linear_probe.main(evaluation_words(world, checkpoint, out, *more))
+    return read_json(out / "linear_probe-ucf101.json")
+
+
+def retrieve(world, checkpoint, out, *more):
+    """-> result, the arrays of --features"""
+    features = out / "features.npz"
+    retrieval.main(evaluation_words(
+        world, checkpoint, out, "--features", features, "--k", 1, 5, 10, *more))
+    return read_json(out / "retrieval-ucf101.json"), dict(np.load(features))
+
+
+def tune(world, checkpoint, out, *more):
+    finetune.main(evaluation_words(
+        world, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8,
+        "--lr", 1e-3, *more))
+    return read_json(out / "finetune-ucf101-2x.json")
+
+
+@pytest.fixture(scope="session")
+def retrieved(world, checkpoint, tmp_path_factory):
+    """Retrieval on split 1 -> result, the arrays of --features"""
+    return retrieve(world, checkpoint, tmp_path_factory.mktemp("retrieved"))
+
+
+@pytest.fixture(scope="session")
+def probed(world, checkpoint, tmp_path_factory):
+    return probe(world, checkpoint, tmp_path_factory.mktemp("probed"))
+
+
+def by_hand(arrays):
+    """scikit-learn's linear SVM, step by step, on retrieval's arrays -> {test path: is it right}"""
+    scaler = StandardScaler().fit(arrays["gallery_features"])
+    x, test_x = (scaler.transform(arrays[f"{side}_features"]) for side in ("gallery", "query"))
+    svm = LinearSVC(C=1e-3, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
+    right = svm.predict(test_x) == arrays["query_classes"]
+    return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
+
+
+def spy_predictions(monkeypatch):
+    """A list to which each test of fine-tuning appends its predictions."""
+    scores = []
+
+    def spy(*args, **kwargs):
+        result = average_crops(*args, **kwargs)
+        scores.append(result[0])
+        return result
+
+    monkeypatch.setattr(finetune, "average_crops", spy)
+    return scores
 
 
 def after_step(n, action):
@@ -225,16 +313,6 @@ def at_step():
     yield lambda n, action: handles.append(after_step(n, action))
     for handle in handles:
         handle.remove()
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Restore the signal handlers after each test."""
-    handled = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-    before = {number: signal.getsignal(number) for number in handled}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class Reached(Exception):
@@ -295,165 +373,12 @@ def assert_same_training(log, used, weights, expected_rates, expected_losses, ne
     assert [line["lr"] for line in log] == pytest.approx(expected_rates, rel=1e-5)
     # in the optimiser itself; the plain loop's steps follow
     assert used[:len(log)] == pytest.approx(expected_rates)
-    assert [line["loss"] for line in log] == pytest.approx(expected_losses, rel=1e-3)
+    assert [line["loss"] for line in log] == pytest.approx(expected_losses, rel=1e-4)
     for name, value in network.named_parameters():
         assert weights[name].norm().item() == pytest.approx(value.norm().item(), 0.01, 1e-4), name
 
 
-# ---- A tiny set of 27 videos with two official splits, and evaluations of it ----
-
-TINY_CLASSES = ("Bend", "Climb", "Dive")
-TINY_LISTS = {1: {"train": ("08", "09", "10"), "test": ("01",)},
-              2: {"train": ("01", "09", "10"), "test": ("08",)}}
-TINY_CLIPS = {"01": 3, "08": 2, "09": 2, "10": 2}           # 9 videos a class, of 4 groups
-
-
-def noisy(seed, hue):
-    """24 frames of a noisy texture that moves; hue: the channel that is somewhat brighter."""
-    rng = np.random.default_rng(seed)
-    texture, shift = rng.integers(0, 140, (32, 48, 3)) + rng.integers(0, 90, 3), rng.integers(1, 4)
-    texture[..., hue] += 25                                 # some are classified right, some wrong
-    return np.stack([np.roll(texture, shift * n, axis=1) for n in range(24)]).astype(np.uint8)
-
-
-def official(number, part):
-    """The paths in the lists of `tiny`."""
-    return [f"{name}/v_{name}_g{group}_c{clip + 1:02d}.avi" for name in TINY_CLASSES
-            for group in TINY_LISTS[number][part] for clip in range(TINY_CLIPS[group])]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """27 videos and two splits in UCF101's layout; read-only."""
-    root = tmp_path_factory.mktemp("tiny")
-    write_lists(root / "ucfTrainTestlist", TINY_CLASSES, **{
-        f"{part}list{number:02d}": official(number, part)
-        for number in TINY_LISTS for part in ("train", "test")})
-    for seed, path in enumerate(official(1, "train") + official(1, "test")):
-        hue = TINY_CLASSES.index(path.split("/")[0])
-        write_video(root / "UCF-101" / path, noisy(seed, hue), **SHARP)
-    return root
-
-
-@pytest.fixture
-def tiny_copy(tiny, tmp_path):
-    """The tiny set, to be changed by the test."""
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
-def save_backbone(path, seed):
-    """Write a backbone.pt with random weights and BatchNorm statistics -> path"""
-    torch.manual_seed(seed)
-    net = new_backbone("r3d18_narrow")
-    for name, value in net.state_dict().items():
-        if value.is_floating_point():
-            value.mul_(1 + 0.2 * torch.rand_like(value))
-    args = dict(frames=4, size=16, lr=1e-3)
-    torch.save(dict(arch=net.arch, backbone=net.state_dict(), args=args), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    return save_backbone(tmp_path_factory.mktemp("checkpoint") / "backbone.pt", 5)
-
-
-def tiny_words(root, checkpoint, out, *more):
-    """The arguments of an evaluation on `tiny`."""
-    return [str(word) for word in (
-        "--dataset", "ucf101", "--data", root / "UCF-101", "--checkpoint", checkpoint, "--windows",
-        2, "--step", 2, "--workers", 0, "--amp", "off", "--out", out, *more)]
-
-
-def read_json(file):
-    """Read a result file; NaN and Infinity are no JSON."""
-    def refuse(word):
-        pytest.fail(f"{word} in {file}")
-    return json.loads(file.read_text(), parse_constant=refuse)
-
-
-def probe(root, checkpoint, out, *more):
-    linear_probe.main(tiny_words(root, checkpoint, out, *more))
-    return read_json(out / "linear_probe-ucf101.json")
-
-
-def retrieve(root, checkpoint, out, *more):
-    """-> result, the arrays of --features"""
-    features = out / "features.npz"
-    retrieval.main(tiny_words(
-        root, checkpoint, out, "--features", features, "--k", 1, 5, 10, *more))
-    return read_json(next(out.glob("retrieval-*.json"))), dict(np.load(features))
-
-
-def tune(root, checkpoint, out, *more):
-    finetune.main(tiny_words(
-        root, checkpoint, out, "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 6, "--lr", 1e-3,
-        "--crops", "centre", *more))
-    return read_json(out / "finetune-ucf101-2x.json")
-
-
-@pytest.fixture(scope="session")
-def retrieved(tiny, checkpoint, tmp_path_factory):
-    """Retrieval on split 1 -> result, the arrays of --features"""
-    return retrieve(tiny, checkpoint, tmp_path_factory.mktemp("retrieved"))
-
-
-@pytest.fixture(scope="session")
-def probed(tiny, checkpoint, tmp_path_factory):
-    return probe(tiny, checkpoint, tmp_path_factory.mktemp("probed"))
-
-
-def by_hand(arrays):
-    """scikit-learn's linear SVM, step by step, on retrieval's arrays -> {test path: is it right}"""
-    scaler = StandardScaler().fit(arrays["gallery_features"])
-    x, test_x = (scaler.transform(arrays[f"{side}_features"]) for side in ("gallery", "query"))
-    svm = LinearSVC(C=1e-3, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
-    right = svm.predict(test_x) == arrays["query_classes"]
-    return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
-
-
-@pytest.fixture
-def own(tiny, tmp_path):
-    """A folder of six videos without classes."""
-    for n, path in enumerate(official(1, "train")[::3]):
-        (tmp_path / "own").mkdir(exist_ok=True)
-        shutil.copy(tiny / "UCF-101" / path, tmp_path / "own" / f"video {n}.avi")
-    return tmp_path / "own"
-
-
-def spy_predictions(monkeypatch):
-    """A list to which each test of fine-tuning appends its predictions."""
-    scores = []
-
-    def spy(*args, **kwargs):
-        result = average_crops(*args, **kwargs)
-        scores.append(result[0])
-        return result
-
-    monkeypatch.setattr(finetune, "average_crops", spy)
-    return scores
-
-
 # ---- Processes ----
-
-def wrapped_pretrain(folder, step, action):
-    """Write a pretrain.py that runs the Python statement `action` after a step -> its path"""
-    path = folder / "wrapped_pretrain.py"
-    path.write_text(f"""
-import os, pathlib, signal, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-from conftest import after_step
-import pretrain
-from common.distributed import run
-
-def action():
-    {action}
-
-after_step({step}, action)
-run(lambda: pretrain.main(sys.argv[1:]))
-""")
-    return path
-
 
 def free_port():
     """A port of this machine on which nobody listens."""
@@ -461,28 +386,45 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(target, *args):
-    """Call target(*args) in a process of its own -> the process. All share one import."""
-    multiprocessing.set_forkserver_preload(["pretrain"])
+def start(printed, target, *args):
+    """Call target(*args) in a process of its own, which prints to that file -> the process
+
+    All share one import.
+    """
+    multiprocessing.set_forkserver_preload(["conftest"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)                                   # the server imports from there
-        process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))     # the server imports from there
+        process = multiprocessing.get_context("forkserver").Process(
+            target=call, args=(printed, target, *args))
         process.start()
     return process
 
 
-def as_rank(rank, count, port, target, *args):
-    """Call target(rank, *args) as torchrun would start it."""
+def call(printed, target, *args):
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
+    target(*args)
+
+
+def as_rank(rank, count, port, target, *args):
+    """Call target(rank, *args) as torchrun would start it on machines of two processes each."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank % 2),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     target(rank, *args)
 
 
 def together(count, target, *args):
-    """Call target(rank, *args) in each of several processes -> their exit statuses"""
-    port = free_port()
-    running = [start(as_rank, rank, count, port, target, *args) for rank in range(count)]
-    for process in running:
-        process.join(240)
+    """Call target(rank, *args) in each of several processes, print what they print
+
+    -> their exit statuses
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        printed, port = [Path(folder, str(rank)) for rank in range(count)], free_port()
+        running = [start(file, as_rank, rank, count, port, target, *args)
+                   for rank, file in enumerate(printed)]
+        for process, file in zip(running, printed):
+            process.join(240)
+            print(file.read_text())
     return [process.exitcode for process in running]

@@ -47,30 +47,9 @@ def steps_before_a_wait(monkeypatch, at_step, module, argv):
     (pretrain, ()), (pretrain, ("--accumulate", 2)),
     (pretrain, ("--losses", "inst", "distinct", "speed")), (finetune, ("--batch-size", 8))])
 def test_steps_between_log_lines_do_not_wait(
-        world, whole, tmp_path, monkeypatch, at_step, script, more):
+        world, checkpoint, tmp_path, monkeypatch, at_step, script, more):
     argv = words(world, tmp_path, "--log-every", 2, "--save-every", 1000, *more)
     if script is finetune:
-        argv = evaluation_words("finetune", world, whole, tmp_path, "--log-every", 2, *more)
+        argv = evaluation_words(world, checkpoint, tmp_path, "--log-every", 2, *more)
     # then the line of the log is due
     assert steps_before_a_wait(monkeypatch, at_step, script, argv) == 2
-
-
-def number(x):
-    return x * x.sum().item()
-
-
-def python_number(x):
-    return x * torch.tensor(2.0, device=x.device)
-
-
-def blocking_copy(x):
-    return x * torch.ones(1).to(x.device)
-
-
-@pytest.mark.parametrize("fault", [number, python_number, blocking_copy])
-def test_planted_waits_are_caught(world, tmp_path, monkeypatch, at_step, fault):
-    def faulty(out, *args):
-        return objective(out | dict(phi=fault(out["phi"])), *args)
-    objective = pretrain.objective
-    monkeypatch.setattr(pretrain, "objective", faulty)
-    assert steps_before_a_wait(monkeypatch, at_step, pretrain, words(world, tmp_path)) == 0

@@ -90,17 +90,17 @@ def test_code_in_a_checkpoint_is_not_run(world, tmp_path, form):
     assert (tmp_path / "ran").exists()
 
 
-def test_file_names_of_any_bytes_are_trained_on_and_retrieved(world, whole, tmp_path):
+def test_file_names_of_any_bytes_are_trained_on_and_retrieved(world, checkpoint, tmp_path):
     root = tmp_path / "names"
     names = [b"caf\xe9", b"[a] (b) {c}; $(touch x) & '\"`", b"-i", b"concat:x", b"%03d*?",
              b"new\nline", b"\xff\xfe", b" blank "]
-    for n, (name, file) in enumerate(zip(names, sorted((world / "videos").rglob("*.avi")))):
+    for n, (name, file) in enumerate(zip(names, sorted((world / "UCF-101").rglob("*.avi")))):
         folder = root / os.fsdecode((b"-class \xe9", b"[other]")[n % 2])
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder / os.fsdecode(name + b".avi"))
     train(world, tmp_path / "out", "--dataset", "folder", "--data", root, "--epochs", 1)
     retrieval.main(evaluation_words(
-        "retrieval", world, whole, tmp_path, "--gallery", root, "--query", root, "--k", 1,
+        world, checkpoint, tmp_path, "--gallery", root, "--query", root, "--k", 1,
         "--features", tmp_path / "x.npz"))
     neighbours = read_json(tmp_path / "retrieval-folder.json")["splits"][0]["neighbours"]
     found = {os.path.basename(os.fsencode(path)) for path in neighbours}

@@ -5,13 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import (
-    drifting,
-    evaluation_words,
-    fails,
-    words,
-    write_video,
-)
+from conftest import drifting, evaluation_words, fails, words, write_video
 
 import finetune
 import linear_probe
@@ -145,10 +139,10 @@ WRONG = [                               # script, flags, regular expression of t
 
 @pytest.mark.parametrize("script, flags, message", WRONG)
 def test_a_wrong_command_ends_in_one_sentence(
-        world, whole, here, tmp_path, monkeypatch, capsys, script, flags, message):
+        world, checkpoint, here, tmp_path, monkeypatch, capsys, script, flags, message):
     monkeypatch.chdir(here)
     more = shlex.split(flags)
-    argv = evaluation_words(script, world, whole, tmp_path / "out", *more)
+    argv = evaluation_words(world, checkpoint, tmp_path / "out", *more)
     if script == "pretrain":
         argv = words(world, tmp_path / "out", *more)
     sentence = fails(SCRIPTS[script].main, argv)

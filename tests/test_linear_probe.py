@@ -6,13 +6,13 @@ from argparse import Namespace
 import numpy as np
 import pytest
 from conftest import (
+    CLASSES,
     ROOT,
-    TINY_CLASSES,
     by_hand,
+    evaluation_words,
     official,
     probe,
     read_rows,
-    tiny_words,
     write_lists,
 )
 from sklearn.model_selection import cross_val_score
@@ -39,10 +39,10 @@ def new_features(x, labels, classes, paths=None, failed=()):
 
 # ---- The classifier ----
 
-def test_figures_and_lines_are_those_of_scikit_learn(tiny, checkpoint, retrieved, tmp_path):
-    result, right = probe(tiny, checkpoint, tmp_path), by_hand(retrieved[1])
+def test_figures_and_lines_are_those_of_scikit_learn(world, checkpoint, retrieved, tmp_path):
+    result, right = probe(world, checkpoint, tmp_path), by_hand(retrieved[1])
     assert result["top1"]["checkpoint"] == np.mean([*right.values()])
-    for name in TINY_CLASSES:
+    for name in CLASSES:
         accuracy = np.mean([ok for path, ok in right.items() if path.startswith(name)])
         assert result["splits"][0]["checkpoint"]["per_class"][name] == accuracy
     rows = read_rows(tmp_path / "linear_probe-ucf101-predictions.jsonl")
@@ -77,25 +77,25 @@ def test_two_or_more_classes_have_values_and_one_without_training_videos_has_non
 
 
 def test_splits_are_averaged_and_chance_is_the_most_frequent_class_of_the_test_set(
-        tiny, checkpoint, tmp_path):
+        world, checkpoint, tmp_path):
     lists = {f"{part}list{number:02d}": official(number, part)
              for number in (1, 2) for part in ("train", "test")}
     lists["testlist01"] = lists["testlist01"][:4]           # three of one class, one of another
-    result = probe(tiny, checkpoint, tmp_path, "--split", 1, 2, "--annotations",
-                   write_lists(tmp_path / "lists", TINY_CLASSES, **lists))
+    result = probe(world, checkpoint, tmp_path, "--split", 1, 2, "--annotations",
+                   write_lists(tmp_path / "lists", CLASSES, **lists))
     one, two = result["splits"]
     assert (one["chance"], two["chance"], result["chance"]) == (3 / 4, 1 / 3, (3 / 4 + 1 / 3) / 2)
     for name in ("checkpoint", "random"):
         assert result["top1"][name] == (one[name]["top1"] + two[name]["top1"]) / 2
     rows = read_rows(tmp_path / "linear_probe-ucf101-predictions.jsonl")
-    assert [row["split"] for row in rows] == [1] * 4 + [2] * 6
+    assert [row["split"] for row in rows] == [1] * 4 + [2] * 12
 
 
 # ---- --C auto ----
 
 @pytest.mark.parametrize("videos, number", [
-    (range(18), 5),
-    ([0, 1, 2, 3, 6, 7, 8, 9], 4)])                         # of two classes with two groups each
+    (range(24), 5),
+    ([4, 5, 6, 7, 12, 13, 14, 15], 4)])                     # of two classes with two groups each
 def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
         retrieved, monkeypatch, videos, number):
     split, folds = linear_probe.StratifiedGroupKFold.split, []
@@ -107,11 +107,11 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
     monkeypatch.setattr(linear_probe.StratifiedGroupKFold, "split", spy)
     x = retrieved[1]["gallery_features"][videos]
     paths = retrieved[1]["gallery_paths"][videos].tolist()
-    labels = [TINY_CLASSES.index(path.split("/")[0]) for path in paths]
+    labels = [CLASSES.index(path.split("/")[0]) for path in paths]
     if number == 4:                                         # features that need the largest C
         z = np.random.default_rng(0).normal(size=8)
         x = np.stack([z, z + np.array(labels) / 2], axis=1)
-    train = new_features(x, labels, TINY_CLASSES, paths)
+    train = new_features(x, labels, CLASSES, paths)
     args = Namespace(dataset="ucf101", C="auto", seed=0, workers=0)
     result, _ = linear_probe.fit_and_test(train, train, "net", args)
     groups = np.array([path.rsplit("_", 1)[0] for path in paths])
@@ -123,8 +123,8 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
 
 
 def test_C_is_chosen_by_several_processes_and_the_command_ends_without_an_error(
-        tiny, checkpoint, tmp_path):
-    argv = tiny_words(tiny, checkpoint, tmp_path, "--C", "auto", "--workers", 2)
+        world, checkpoint, tmp_path):
+    argv = evaluation_words(world, checkpoint, tmp_path, "--C", "auto", "--workers", 2)
     done = subprocess.run([sys.executable, ROOT / "linear_probe.py", *argv], timeout=240,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "linear SVM on ucf101" in done.stdout, done.stderr

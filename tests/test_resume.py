@@ -22,12 +22,12 @@ from conftest import (
     start,
     train,
     words,
-    wrapped_pretrain,
 )
 
 import finetune
 import pretrain
 from common import UserError, splits, toy, training
+from common.distributed import run
 from common.training import Progress, locked, resume, save_file, trim_log
 
 
@@ -44,7 +44,6 @@ def same(one, other):
 # ---- Killed and stopped ----
 
 def train_until_killed(argv, step):
-    torch.set_num_threads(1)
     after_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     pretrain.main(argv)
 
@@ -53,7 +52,7 @@ def train_until_killed(argv, step):
 def test_a_killed_run_resumes_bit_for_bit_with_other_workers(
         world, whole, tmp_path, step, save_every):
     argv = words(world, tmp_path, "--save-every", save_every)
-    process = start(train_until_killed, argv, step)
+    process = start(tmp_path / "printed", train_until_killed, argv, step)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     if save_every == 0:
@@ -74,15 +73,21 @@ def test_a_run_with_init_resumes_with_what_it_has_learned(world, whole, tmp_path
     assert same(train(world, tmp_path / "stopped", *init), expected)
 
 
+def train_until_signalled(argv, number):
+    """The loader process gets the signal as well, as from a terminal."""
+    os.setpgrp()
+    after_step(4, lambda: os.killpg(0, number))
+    run(lambda: pretrain.main(argv))
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_at_once_and_ends_in_a_sentence_below_the_bar(world, whole, tmp_path, name):
-    # mid-epoch, to the loader process as well, as terminals do
-    script = wrapped_pretrain(tmp_path, 4, f"os.killpg(0, signal.{name})")
-    seldom = "--save-every", 1000, "--log-every", 1000, "--workers", 1
-    done = subprocess.run([sys.executable, script, *words(world, tmp_path, *seldom)],
-                          stderr=subprocess.PIPE, text=True, timeout=120, start_new_session=True)
-    assert done.returncode == 1
-    last = done.stderr.split("\n")[-2]                  # a bar that is not closed ends in no "\n"
+    argv = words(world, tmp_path, "--save-every", 1000, "--log-every", 1000, "--workers", 1)
+    process = start(tmp_path / "printed", train_until_signalled, argv, signal.Signals[name])
+    process.join(120)
+    assert process.exitcode == 1
+    # a bar that is not closed ends in no "\n"
+    last = (tmp_path / "printed").read_text().split("\n")[-2]
     assert last == f"{name}: saved step 4 of 9; the same command resumes"
     assert load_checkpoint(tmp_path)["step"] == 4
     assert same(train(world, tmp_path), load_checkpoint(whole))
@@ -119,13 +124,13 @@ def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, folder", [(pretrain, "."), (finetune, "finetune-ucf101-4x-1")])
+@pytest.mark.parametrize("script, folder", [(pretrain, "."), (finetune, "finetune-ucf101-2x-1")])
 def test_a_second_run_into_an_out_is_refused_until_the_first_ends(
-        world, whole, tmp_path, script, folder):
+        world, checkpoint, tmp_path, script, folder):
     more = "--epochs", 1, "--batch-size", 8, "--workers", 1         # a worker outlives a killed run
     argv, out = words(world, tmp_path, *more), tmp_path / folder
     if script is finetune:
-        argv = evaluation_words("finetune", world, whole, tmp_path, *more)
+        argv = evaluation_words(world, checkpoint, tmp_path, *more)
     command = [sys.executable, script.__file__, *argv, "--epochs", "10000", "--log-every", "1"]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
