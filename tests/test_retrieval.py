@@ -49,13 +49,6 @@ def test_of_equally_near_videos_the_earlier_one_is_nearer():
         assert ranks.tolist() == [rank] and nearest.tolist() == [[*range(1, 41), 0]]
 
 
-def test_a_query_is_no_neighbour_of_itself_but_its_duplicate_is():
-    gallery_ids, query_ids = ids([0, 1, 0], [7, 8, 9]), ids([0, 1], [7, 8])
-    ranks, nearest, _ = search(rows(0, 0, 50), rows(0, 0), gallery_ids, query_ids, 3)
-    assert nearest.tolist() == [[1, 2, -1], [0, 2, -1]]
-    assert ranks.tolist() == [1, NONE]                      # 8 is the only video of its class
-
-
 @pytest.mark.parametrize("cosines", [1, 137, 2 ** 24])
 def test_search_in_chunks_equals_a_full_sort(cosines):
     rng = np.random.default_rng(0)
