@@ -28,13 +28,7 @@ import finetune
 import linear_probe
 import retrieval
 from common import evaluation, splits
-from common.evaluation import (
-    average_crops,
-    load_network,
-    predictions,
-    result_folder,
-    views_of,
-)
+from common.evaluation import average_crops, load_network, predictions, result_folder, views_of
 from common.splits import Split, load_split, scan
 from common.video import decode
 from data import eval_windows, normalise

@@ -21,7 +21,6 @@ from conftest import (
     load_checkpoint,
     official,
     plain_training,
-    probe,
     read_rows,
     spy_predictions,
     tune,
@@ -209,16 +208,16 @@ def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
     assert sentence in capsys.readouterr().out
 
 
-def test_what_predict_cannot_use_ends_in_one_sentence(own, checkpoint, tuned, tmp_path):
+def test_a_folder_without_videos_ends_in_one_sentence(tuned, tmp_path):
     (tmp_path / "empty").mkdir()
-    for folder, path, sentence in (
-            (own, checkpoint, "names no classes"),
-            (tmp_path / "empty", tuned[0] / RUN / "checkpoint.pt", "0 of 0 videos")):
-        argv = ["--predict", folder, "--checkpoint", path, "--out", tmp_path]
-        assert sentence in fails(finetune.main, argv)
+    argv = "--predict", tmp_path / "empty", "--checkpoint", tuned[0] / RUN / "checkpoint.pt"
+    assert "0 of 0 videos" in fails(finetune.main, [*argv, "--out", tmp_path])
     assert not (tmp_path / "predictions.jsonl").exists()
 
 
-def test_a_fine_tuned_checkpoint_is_a_backbone_for_the_other_evaluations(world, tuned, tmp_path):
-    result = probe(world, tuned[0] / RUN / "checkpoint.pt", tmp_path)
-    assert result["checkpoint"]["arch"] == "r3d18_narrow"
+def test_a_fine_tuned_checkpoint_is_a_backbone_for_the_other_evaluations(tuned):
+    network = load_backbone(tuned[0] / RUN / "checkpoint.pt")
+    state = load_checkpoint(tuned[0] / RUN)["model"]
+    assert network.arch == "r3d18_narrow"
+    assert all(value.equal(state[f"backbone.{name}"])
+               for name, value in network.state_dict().items())

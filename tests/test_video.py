@@ -1,7 +1,4 @@
-"""common/video.py: exactly the frames of a sequential decode, whatever the file.
-
-TEST_DECODES=1000 looks longer for leaks.
-"""
+"""common/video.py: exactly the frames of a sequential decode, whatever the file."""
 import csv
 import ctypes
 import gc
@@ -13,15 +10,7 @@ import wave
 import av
 import numpy as np
 import pytest
-from conftest import (
-    INVALID,
-    SHARED,
-    drifting,
-    garble_frame,
-    numbered_frames,
-    numbers,
-    write_video,
-)
+from conftest import INVALID, SHARED, drifting, garble_frame, numbered_frames, numbers, write_video
 
 from common import video
 from common.video import VideoError, decode, probe
@@ -45,8 +34,8 @@ def some(count, k=20):
     return chosen
 
 
-def assert_exact(path, wanted):
-    """decode(path) gives the pixels of PyAV's decode of the whole file by one thread, upright."""
+def assert_exact(path, wanted, count):
+    """decode(path) gives the pixels of PyAV's decode of all frames by one thread, upright."""
     expected = {}
     with av.open(str(path), **video.METADATA) as container:
         container.streams.video[0].thread_type = "NONE"
@@ -54,7 +43,7 @@ def assert_exact(path, wanted):
             if n in wanted:
                 picture = frame.to_ndarray(format="rgb24")
                 expected[n] = np.rot90(picture, frame.rotation // 90)
-    assert n + 1 == probe(path)[0]
+    assert n + 1 == probe(path)[0] == count
     given = decode(path, wanted).permute(0, 2, 3, 1).numpy()
     for number, picture in zip(wanted, given, strict=True):
         assert np.array_equal(picture, expected[number]), number
@@ -68,20 +57,15 @@ def plain(tmp_path_factory):
 
 # ---- Exact frames ----
 
-X264 = dict(codec="libx264", preset="ultrafast")
-B_FRAMES = X264 | dict(bf="3", g="12")
-OPEN_GOPS = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0"
+B_FRAMES = dict(codec="libx264", preset="ultrafast", bf="3", g="12")
 KINDS = {
     "mpeg4.avi": dict(codec="mpeg4", g="12"),
     "full_range.avi": dict(codec="mjpeg"),
     "b_frames.mp4": B_FRAMES,
-    "b_frames_without_time_stamps.avi": B_FRAMES,
     "uneven_time_stamps.mp4": B_FRAMES | dict(stamps=[n * n // 3 + n for n in range(60)]),
-    "open_gops.mp4": X264 | {"x264-params": OPEN_GOPS},
     "interlaced.ts": dict(codec="mpeg2video", bf="2", flags="+ildct+ilme"),
     "full_chroma.mp4": B_FRAMES | dict(pixel_format="yuv444p"),
     "ten_bits.mp4": B_FRAMES | dict(pixel_format="yuv420p10le"),
-    "grey.mkv": dict(codec="ffv1", pixel_format="gray"),
     "transparent.mov": dict(codec="png", pixel_format="rgba"),
 }
 
@@ -90,38 +74,22 @@ KINDS = {
 def test_frames_are_those_whose_numbers_were_asked_for(tmp_path, kind):
     path = write_video(tmp_path / kind, numbered_textures(), **KINDS[kind])
     wanted = some(60)
-    assert_exact(path, wanted)
-    assert numbers(decode(path, wanted)) == wanted
-    assert numbers(decode(path, wanted, size=24)) == wanted
-    assert probe(path) == (60, 48, 64, "")
+    assert_exact(path, wanted, 60)
+    for size in (None, 24):
+        assert numbers(decode(path, wanted, size)) == wanted
 
 
 @pytest.mark.parametrize("name", [n for n in COUNTS if COUNTS[n] and n != "corrupted.mp4"])
 def test_real_files_give_the_frames_of_a_full_decode(name):
-    assert probe(ODD / name)[0] == COUNTS[name]
-    assert_exact(ODD / name, some(COUNTS[name], 6))
+    assert_exact(ODD / name, some(COUNTS[name], 6), COUNTS[name])
     assert decode(ODD / name, [0], 32, [(0.2, 0.1, 0.5, 0.3)]).shape == (1, 3, 32, 32)
-
-
-def test_decoding_stops_at_the_last_frame_asked_for(plain, monkeypatch):
-    def spy(path):
-        for frame in read_frames(path):
-            seen.append(frame)
-            yield frame
-    read_frames, seen = video.read_frames, []
-    monkeypatch.setattr(video, "read_frames", spy)
-    decode(plain, [7, 20, 3])
-    assert len(seen) == 21
 
 
 def test_a_frame_does_not_depend_on_what_else_is_asked_for(plain):
     wanted = some(60)
     boxes = [(0.1 * (k % 3), 0.2 * (k % 2), 0.5, 0.6) for k in range(20)]       # some repeat
-    for size, crops in ((None, None), (24, None), (24, boxes)):
-        together = decode(plain, wanted, size, crops)
-        for k, n in enumerate(wanted):
-            alone = decode(plain, [n], size, crops and [crops[k]])
-            assert together[k].equal(alone[0])
+    for n, box, shown in zip(wanted, boxes, decode(plain, wanted, 24, boxes), strict=True):
+        assert shown.equal(decode(plain, [n], 24, [box])[0])
 
 
 # ---- Files that cannot be read ----
@@ -130,7 +98,7 @@ def test_a_damaged_video_gives_the_frames_before_the_fault(tmp_path):
     path = write_video(tmp_path / "a.avi", numbered_textures(), "mjpeg")
     garble_frame(path, 20)
     assert probe(path) == (20, 48, 64, INVALID)
-    assert numbers(decode(path, range(20))) == list(range(20))
+    assert numbers(decode(path, range(20))) == list(range(20))  # stops after the last
     with pytest.raises(VideoError, match=f"^{path}: {INVALID}$"):
         decode(path, [5, 20])
 
@@ -141,35 +109,20 @@ def test_damage_inside_a_frame_is_concealed_as_by_one_thread(tmp_path):
     middle = len(content) // 2
     content[middle:middle + 40] = bytes(40)
     path.write_bytes(content)
-    assert_exact(path, range(60))                               # several threads conceal otherwise
-
-
-def test_a_corrupt_real_file_does_not_hang(shared):
-    path = ODD / "corrupted.mp4"                                # frame threads would hang here
-    assert decode(path, [27, 0, 13], 90).shape == (3, 3, 90, 160)
-    with pytest.raises(VideoError, match=f"^{path}: "):
-        decode(path, [0, 28])
-    frames, _, _, reason = probe(path)
-    assert frames == 28 and reason
-
-
-UNREADABLE = {
-    "empty.mp4": INVALID, "pointer.avi": INVALID, "head.avi": INVALID,
-    "folder.mp4": "Is a directory", "missing.avi": "No such file or directory",
-    "sound.wav": "no video stream that FFmpeg decodes",
-    "unknown.avi": "no video stream that FFmpeg decodes"}
+    assert_exact(path, range(60), 60)                           # several threads conceal otherwise
 
 
 def test_unreadable_files_are_named_with_the_reason(tmp_path, plain):
     (tmp_path / "empty.mp4").touch()
-    (tmp_path / "pointer.avi").write_text("version https://git-lfs.github.com/spec/v1\n")
-    (tmp_path / "head.avi").write_bytes(plain.read_bytes()[:500])
     (tmp_path / "unknown.avi").write_bytes(plain.read_bytes().replace(b"FMP4", b"what"))     # codec
     (tmp_path / "folder.mp4").mkdir()
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(8000))
-    for name, reason in UNREADABLE.items():
+    no_stream = "no video stream that FFmpeg decodes"
+    for name, reason in {
+            "empty.mp4": INVALID, "folder.mp4": "Is a directory", "sound.wav": no_stream,
+            "missing.avi": "No such file or directory", "unknown.avi": no_stream}.items():
         assert probe(tmp_path / name) == (0, 0, 0, reason)
         with pytest.raises(VideoError) as caught:
             decode(tmp_path / name, [0])
@@ -218,9 +171,7 @@ def test_metadata_may_be_any_bytes(plain, tmp_path):
 # ---- File names ----
 
 @pytest.mark.parametrize("name", [
-    b"caf\xe9.avi", b"[a] (b) {c}; $(touch x) & '\"`.avi", b"-i.avi", b"%03d*?.avi",
-    b"new\nline.avi", b"concat:a.avi|a.avi", b"file:a.avi", b"pipe:0", b"http://127.0.0.1/x.mp4",
-    b"subfile,,start,0,end,0,,:a.avi"])
+    b"caf\xe9.avi", b"%03d*?.avi", b"concat:a.avi|a.avi", b"pipe:0", b"http://127.0.0.1/x.mp4"])
 def test_any_name_is_that_of_a_file_and_no_protocol(plain, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     shutil.copy(plain, "a.avi")
@@ -249,18 +200,11 @@ def memory():
     return malloc.used + malloc.mapped
 
 
-def test_memory_and_open_files_stay_flat(tmp_path):
-    good = write_video(tmp_path / "good.avi", numbered_textures(9))
-    (tmp_path / "bad.avi").write_text("no video")
-    decodes, files = int(os.environ.get("TEST_DECODES", 100)), len(os.listdir("/proc/self/fd"))
-    growth = []
-    for _ in range(5):
-        before = memory()
-        for k in range(decodes):
-            decode(good, [k % 7, 3], 24, [(0.0, 0.1 * (k % 5), 1.0, 0.5), (0.0, 0.0, 0.5, 0.5)])
-            for path in (good, tmp_path / "bad.avi"):
-                with pytest.raises(VideoError):
-                    decode(path, [9])
-        growth.append((memory() - before) / decodes)
+def test_memory_stays_flat(plain):
+    sizes = []
+    for _ in range(4):
+        for k in range(100):
+            decode(plain, [k % 7, 3], 24, [(0.0, 0.1 * (k % 5), 1.0, 0.5), (0.0, 0.0, 0.5, 0.5)])
+        sizes.append(memory())
+    growth = np.diff(sizes) / 100
     assert np.median(growth) < 50, growth                       # bytes; a leak is of 150 or more
-    assert len(os.listdir("/proc/self/fd")) == files
