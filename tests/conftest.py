@@ -33,7 +33,6 @@ import linear_probe
 import pretrain
 import retrieval
 from common import distributed
-from common.evaluation import average_crops
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -280,19 +279,6 @@ def by_hand(arrays):
     svm = LinearSVC(C=1e-3, random_state=0, max_iter=10000).fit(x, arrays["gallery_classes"])
     right = svm.predict(test_x) == arrays["query_classes"]
     return dict(zip(arrays["query_paths"].tolist(), right.tolist()))
-
-
-def spy_predictions(monkeypatch):
-    """A list to which each test of fine-tuning appends its predictions."""
-    scores = []
-
-    def spy(*args, **kwargs):
-        result = average_crops(*args, **kwargs)
-        scores.append(result[0])
-        return result
-
-    monkeypatch.setattr(finetune, "average_crops", spy)
-    return scores
 
 
 def after_step(n, action):

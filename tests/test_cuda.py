@@ -9,17 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import (
-    CPU,
-    ROOT,
-    STEPS,
-    TORCHRUN,
-    drifting,
-    load_checkpoint,
-    log_lines,
-    train,
-    words,
-)
+from conftest import CPU, ROOT, STEPS, TORCHRUN, drifting, load_checkpoint, log_lines, train, words
 
 import pretrain
 from common.colour import draw_colour
@@ -63,17 +53,13 @@ ROW = torch.arange(16)
 def test_losses_equal_the_cpus_in_float64(loss, ids, dtype, most, amp):
     results = []
     x = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for device, x_there in ((CPU, x), (DEVICE, x.to(DEVICE, dtype))):
-        x_there.requires_grad_()
+    for device, features in ((CPU, x), (DEVICE, x.to(DEVICE, dtype))):
+        features.requires_grad_()
         with autocast(amp, device):
-            value = loss(x_there, *(x.to(device) for x in ids))
-        results.append((value, *torch.autograd.grad(value, x_there)))
-    assert max(error(*pair) for pair in zip(results[1], results[0])) < most
-
-
-def test_colours_equal_the_cpus():
-    there, here = (to_device(example_batch(), device)["clips"].cpu() for device in (DEVICE, CPU))
-    torch.testing.assert_close(there, here, rtol=0, atol=2e-3)      # a grey level is 0.018
+            value = loss(features, *(row.to(device) for row in ids))
+        results.append((value, *torch.autograd.grad(value, features)))
+    for here, there in zip(*results):
+        assert error(there, here) < most
 
 
 def loss_and_gradient(model, batch, device, dtype):
@@ -96,19 +82,6 @@ def test_a_step_is_as_close_to_float64_as_the_cpus_in_float32(arch):
         on_gpu = loss_and_gradient(model, batch, DEVICE, torch.float32)
     for there, here, expected in zip(on_gpu, on_cpu, reference):
         assert error(there, expected) < 5 * error(here, expected) + 1e-5
-
-
-def test_accumulated_parts_have_the_gradient_of_the_whole_batch():
-    torch.manual_seed(0)
-    model = TimeEquivariant("r3d18_narrow").eval()                  # BatchNorm would see the parts
-    batch, args = example_batch(), pretrain.parse_args(["--accumulate", "2", "--amp", "off"])
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        _, expected = loss_and_gradient(model, batch, DEVICE, torch.float32)
-        model.to(DEVICE)
-        scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
-        pretrain.accumulate(model, to_device(batch, DEVICE), args, scaler)
-    gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
-    assert error(gradient, expected) < 1e-4
 
 
 # ---- Runs ----

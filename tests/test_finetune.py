@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CLASSES,
     CPU,
     SHARP,
     Reached,
@@ -22,16 +23,14 @@ from conftest import (
     official,
     plain_training,
     read_rows,
-    spy_predictions,
     tune,
     warmup_and_cosine,
     write_video,
 )
 
 import finetune
-import models
 from common import UserError
-from common.evaluation import average_crops, load_parts
+from common.evaluation import average_crops
 from common.splits import load_split, scan
 from data import Clips, collate, colour, epoch_order
 from models import classifier, load_backbone, new_backbone
@@ -42,13 +41,9 @@ PREDICTIONS = "finetune-ucf101-2x-predictions.jsonl"
 
 @pytest.fixture(scope="module")
 def tuned(world, checkpoint, tmp_path_factory):
-    """A fine-tuning on split 1 -> its folder, result, probabilities (9, 3); read-only."""
+    """A fine-tuning on split 1 -> its folder, result; read-only."""
     out = tmp_path_factory.mktemp("tuned")
-    with pytest.MonkeyPatch.context() as patch:
-        scores = spy_predictions(patch)
-        result = tune(world, checkpoint, out)
-    assert len(scores) == 1 and len(scores[0].unique()) > 9             # not all 0 and 1
-    return out, result, scores[0]
+    return out, tune(world, checkpoint, out)
 
 
 # ---- Training and testing ----
@@ -100,45 +95,30 @@ def test_each_process_trains_on_its_own_part_of_a_batch(world, checkpoint, tmp_p
     assert videos == epoch_order(0, 0, 24)[4:8].tolist()
 
 
-@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_network_computes_in_the_precision_of_amp(
-        world, checkpoint, tmp_path, monkeypatch, amp, dtype):
-    class Head(torch.nn.Linear):
-        def forward(self, x):
-            assert x.dtype == torch.float32 and super().forward(x).dtype == dtype
-            raise Reached
-    monkeypatch.setattr(models.nn, "Linear", Head)
-    args = finetune.parse_args(evaluation_words(world, checkpoint, tmp_path, "--batch-size", 8))
-    args.amp = amp                                          # a CPU refuses the flag
-    train, test = load_parts(args, ("train", "test"))[0]
-    with pytest.raises(Reached):
-        finetune.run_split(args, 1, train, test, CPU)
-
-
 def test_the_test_uses_the_weights_of_the_last_epoch(world, tuned):
-    out, result, scores = tuned
+    out, result = tuned
     state = load_checkpoint(out / RUN)
     assert state["step"] == 2 * 3                           # 2 epochs of 24 videos in batches of 8
-    net = classifier(new_backbone("r3d18_narrow"), 3).to(memory_format=torch.channels_last_3d)
+    net = classifier(new_backbone("r3d18_narrow"), 3)
     net.load_state_dict(state["model"])
     split = scan(load_split("ucf101", world / "UCF-101", part="test"))
     args = Namespace(frames=4, size=16, step=2, windows=2, crops="centre", workers=0, amp="off")
     expected, _ = average_crops(net.eval(), split, args, CPU, softmax=True)
-    assert scores.equal(expected)
+    for row, values in zip(read_rows(out / PREDICTIONS), expected, strict=True):
+        probabilities = [row["probabilities"][name] for name in CLASSES]
+        assert probabilities == pytest.approx(values.tolist(), abs=1e-3)
     right = expected.argmax(1) == torch.tensor(split.labels)
     assert result["top1"]["checkpoint"] == right.double().mean()
 
 
 def test_a_stopped_fine_tuning_resumes_to_the_same_numbers_bit_for_bit(
-        world, checkpoint, tuned, tmp_path, monkeypatch, at_step):
-    scores = spy_predictions(monkeypatch)
+        world, checkpoint, tuned, tmp_path, at_step):
     at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="SIGTERM: saved step 4 of 6"):
         tune(world, checkpoint, tmp_path)
-    tune(world, checkpoint, tmp_path)
+    assert tune(world, checkpoint, tmp_path)["splits"] == tuned[1]["splits"]
     resumed, whole = (load_checkpoint(out / RUN)["model"] for out in (tmp_path, tuned[0]))
     assert all(value.equal(resumed[name]) for name, value in whole.items())
-    assert scores[0].equal(tuned[2])
 
 
 def test_a_finished_fine_tuning_is_tested_again_with_other_crops(

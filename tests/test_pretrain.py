@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     CLASSES,
-    CPU,
     SHARP,
-    Reached,
     assert_same_training,
     drifting,
     fails,
@@ -236,20 +234,6 @@ def test_workers_are_processes_of_the_loader(world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.data, "DataLoader", spy)
     train(world, tmp_path, "--epochs", 1, "--workers", 1)
     assert counts == [1]
-
-
-@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_network_computes_in_the_precision_of_amp(
-        world, tmp_path, monkeypatch, amp, dtype, accumulate):
-    def spy(out, *args):
-        assert {x.dtype for x in out.values()} == {dtype}
-        raise Reached
-    monkeypatch.setattr(pretrain, "objective", spy)
-    args = pretrain.parse_args(words(world, tmp_path, "--epochs", 1, "--accumulate", accumulate))
-    args.amp = amp                                          # a CPU refuses the flag
-    with pytest.raises(Reached):
-        pretrain.train(args, pretrain.prepare(args), CPU)
 
 
 # ---- --accumulate ----

@@ -170,40 +170,37 @@ def test_no_loader_process_outlives_a_run():
 
 # ---- torchrun ----
 
-def wrapped_pretrain(folder, step, action):
-    """Write a pretrain.py that runs the Python statement `action` after a step -> its path"""
-    path = folder / "wrapped_pretrain.py"
-    path.write_text(f"""
-import os, pathlib, signal, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-from conftest import after_step
-import pretrain
-from common.distributed import run
-
-def action():
-    {action}
-
-after_step({step}, action)
-run(lambda: pretrain.main(sys.argv[1:]))
-""")
-    return path
-
-
 def torchrun(*argv, **options):
     return subprocess.run([*TORCHRUN, *map(str, argv)], capture_output=True, text=True,
                           timeout=300, **options)
 
 
+# pretrain.py, but rank 1 is killed once, after five steps
+KILLED_ONCE = """
+import os, pathlib, signal, sys
+sys.path[:0] = {folders}
+from conftest import after_step
+import pretrain
+from common.distributed import run
+
+def kill_once():
+    flag = pathlib.Path({flag!r})
+    if os.environ["RANK"] == "1" and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+after_step(5, kill_once)
+run(lambda: pretrain.main(sys.argv[1:]))
+"""
+
+
 def test_torchruns_restart_recovers_a_killed_worker(world, tmp_path):
-    once = (f"flag = pathlib.Path({str(tmp_path / 'flag')!r})\n"
-            "    if os.environ['RANK'] == '1' and not flag.exists():\n"
-            "        flag.touch()\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)")
-    script, out = wrapped_pretrain(tmp_path, 5, once), tmp_path / "out"
+    script, flag, out = tmp_path / "script.py", tmp_path / "flag", tmp_path / "out"
+    script.write_text(KILLED_ONCE.format(folders=[str(ROOT), str(ROOT / "tests")], flag=str(flag)))
     done = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", script,
                     *words(world, out, "--workers", 1),
                     env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
-    assert done.returncode == 0 and (tmp_path / "flag").exists(), done.stderr[-3000:]
+    assert done.returncode == 0 and flag.exists(), done.stderr[-3000:]
     assert "starts at step 0 of 9" in done.stderr and "resumes at step 4 of 9" in done.stderr
     assert load_checkpoint(out)["step"] == STEPS
     assert [line["step"] for line in log_lines(out)] == [*range(1, STEPS + 1)]

@@ -15,12 +15,6 @@ from common import UserError, splits, write_text
 from common.splits import check_test, load_and_scan, load_split, scan, usable
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Lists are loaded though most of their videos are missing."""
-    monkeypatch.setattr(splits, "check_failed", lambda split: None)
-
-
 def touch(root, *names, text=""):
     """Write files of that text, byte for byte, and their folders -> root"""
     for name in names:
@@ -43,8 +37,9 @@ def ucf(root, lines):
     ("hmdb51", 1, 3570, 1530), ("hmdb51", 2, 3570, 1530), ("hmdb51", 3, 3570, 1530),
     ("diving48", 1, 15027, 1970)])
 def test_official_lists_give_the_published_counts(
-        shared, tmp_path, unchecked, dataset, number, train, test):
+        shared, tmp_path, monkeypatch, dataset, number, train, test):
     lists, paths = shared / "annotations" / dataset, []
+    monkeypatch.setattr(splits, "check_failed", lambda split: None)         # all are missing
     for part, count, a_class in (("train", train, 70), ("test", test, 30)):
         split = load_split(dataset, tmp_path, lists, number, part)
         paths += split.paths
@@ -56,21 +51,20 @@ def test_official_lists_give_the_published_counts(
     assert len(set(paths)) == train + test
 
 
-def test_each_split_part_and_version_has_its_own_list(tmp_path, unchecked):
+def test_each_split_part_and_version_has_its_own_list(tmp_path):
     touch(tmp_path, "classInd.txt", text="1 Run")
     for n, part in itertools.product((1, 2), ("train", "test")):
+        touch(tmp_path, f"Run/{part}{n}.avi", f"{part} V{n}.mp4")
         touch(tmp_path, f"{part}list0{n}.txt", text=f"Run/{part}{n}.avi")
         rows = f"train{n}.avi 1 \nnone.avi 0 \ntest{n}.avi 2 \n"
         touch(tmp_path, f"testTrainMulti_7030_splits/Run_test_split{n}.txt", text=rows)
-        row = dict(vid_name=f"{part} V{n}", label=7)
-        file = f"Diving48{'_V2' if n == 2 else ''}_{part}.json"
-        touch(tmp_path, file, text=json.dumps([row]))
-    for n, part in itertools.product((1, 2), ("train", "test")):
         for dataset in ("ucf101", "hmdb51"):
             split = load_split(dataset, tmp_path, None, n, part)
             assert split.paths == [f"Run/{part}{n}.avi"]
             assert split.title == f"{dataset} {part} split {n}"
-        dataset = "diving48v1" if n == 1 else "diving48"
+        dataset, version = ("diving48v1", "") if n == 1 else ("diving48", "_V2")
+        row = dict(vid_name=f"{part} V{n}", label=7)
+        touch(tmp_path, f"Diving48{version}_{part}.json", text=json.dumps([row]))
         assert load_split(dataset, tmp_path, part=part).paths == [f"{part} V{n}.mp4"]
 
 
@@ -111,10 +105,8 @@ def test_letter_case_is_ignored_as_ucf101_spells_handstand_pushups_in_two_ways(t
     assert split.labels == [1]
 
 
-def test_a_missing_list_is_named_with_the_places_searched(tmp_path):
+def test_annotations_alone_are_searched_for_lists_and_named(tmp_path):
     root = touch(ucf(tmp_path, ["Run/a.avi"]), "Run/a.avi")
-    with pytest.raises(UserError, match=f"no list testlist01.txt in .*{tmp_path}/ucfTrainTestlist"):
-        load_split("ucf101", root, part="test")
     with pytest.raises(UserError, match=f"trainlist01.txt in {root} or {root}/ucfTrainTestlist "):
         load_split("ucf101", root, annotations=root)
 
@@ -184,14 +176,18 @@ def probed(monkeypatch):
     return names
 
 
-def test_scan_counts_frames_and_caches_them(videos, tmp_path, probed):
-    index = tmp_path / "new" / "index.json"
-    for _ in range(2):
-        split = scan(load_split("folder", videos), index, workers=2)
-        shapes = {path: tuple(shape) for path, shape in split.shapes.items()}
-        assert shapes == {path: (length, 24, 32) for path, length in LENGTHS.items()}
-        assert not split.failed and len(probed) == 13
-    assert os.listdir(index.parent) == ["index.json"]
+def test_scan_counts_frames_and_decodes_again_only_what_has_changed(copy, tmp_path, probed):
+    index = tmp_path / "index.json"
+    split = scan(load_split("folder", copy), index, workers=2)
+    assert split.shapes == {path: (length, 24, 32) for path, length in LENGTHS.items()}
+    assert not split.failed and len(probed) == 13
+    times = [(copy / path).stat().st_mtime_ns for path in ("walk/01.avi", "run/02.avi")]
+    shutil.copy(copy / "run/00.avi", copy / "walk/01.avi")
+    os.utime(copy / "walk/01.avi", ns=(0, times[0]))            # another size at the same time
+    os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))         # another time
+    shapes = scan(load_split("folder", copy), index).shapes
+    assert shapes == split.shapes | {"walk/01.avi": (20, 24, 32)}
+    assert sorted(probed[13:]) == ["01.avi", "02.avi"]
 
 
 def test_the_default_index_is_one_a_folder_in_the_users_cache(videos, tmp_path, monkeypatch):
@@ -204,18 +200,6 @@ def test_the_default_index_is_one_a_folder_in_the_users_cache(videos, tmp_path, 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert splits.default_index(videos) == tmp_path / ".cache/time-equivariance" / index.name
-
-
-def test_a_changed_file_is_scanned_again_and_no_other(copy, tmp_path, probed):
-    index = tmp_path / "index.json"
-    scan(load_split("folder", copy), index)
-    times = [(copy / path).stat().st_mtime_ns for path in ("walk/01.avi", "run/02.avi")]
-    shutil.copy(copy / "run/00.avi", copy / "walk/01.avi")
-    os.utime(copy / "walk/01.avi", ns=(0, times[0]))            # another size at the same time
-    os.utime(copy / "run/02.avi", ns=(0, times[1] + 1))         # another time
-    del probed[:]
-    shapes = scan(load_split("folder", copy), index).shapes
-    assert tuple(shapes["walk/01.avi"]) == (20, 24, 32) and sorted(probed) == ["01.avi", "02.avi"]
 
 
 def test_failed_files_of_any_name_are_named_with_the_reason_and_tried_again(copy, tmp_path, probed):
@@ -256,10 +240,8 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
     monkeypatch.setattr(
         splits, "probe", lambda file: results.get(Path(file).name, (99, 8, 8, "")))
     root = touch(ucf(tmp_path, paths), *paths[1:])
-    index = tmp_path / "index.json"
-    args = Namespace(dataset="ucf101", data=root, annotations=None, index=index, workers=0)
+    args = Namespace(dataset="ucf101", data=root, annotations=None, index=None, workers=0)
     split = load_and_scan(args, 1, "train")
-    assert len(json.loads(index.read_text())) == 39
     assert split.failed == {"Run/00.avi": "not found", "Run/01.avi": "no moov"}
     assert split.shapes["Run/03.avi"] == (20, 8, 8)             # the frames before the fault
     results["02.avi"] = results["01.avi"]

@@ -61,10 +61,11 @@ def test_all_scripts_get_the_seed_and_one_shape_of_clips():
     assert len({(args.arch, args.frames, args.size) for args in parsed}) == 1
 
 
-def test_the_table_of_a_real_run_on_ucf101_8_alone(tiny, tmp_path, monkeypatch, capsys):
+def test_the_table_of_a_real_run_on_ucf101_8_alone(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table1, "CPU", TINY)
     monkeypatch.setattr(table1, "UCF101_8", ("Climb", "Dive"))  # without Bend
-    words = ["--data", str(tiny / "UCF-101"), "--out", str(tmp_path), "--rows", "k", "--seeds", "7"]
+    data = str(world / "UCF-101")
+    words = ["--data", data, "--out", str(tmp_path), "--rows", "k", "--seeds", "7"]
     table1.make_ucf101_8(table1.parse_args(words))
     assert {path.parent.name for path in tmp_path.glob("UCF-101/*/*.avi")} == {"Climb", "Dive"}
     for script, argv in commands(words, "k"):

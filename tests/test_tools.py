@@ -1,54 +1,28 @@
 """The tools that draw: their pictures and numbers are those of the data."""
-import json
+import itertools
 import os
-import sys
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTHS, fails, load_checkpoint, numbered_frames, write_video
+from conftest import LENGTHS, load_checkpoint
 
 from common.splits import load_split, scan
 from data import MEAN, STD, Pairs, augment, collate
 from models import TimeEquivariant, load_backbone
-from tools import curves, neighbours, preview, psi
+from tools import neighbours, preview, psi
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
+def pairs(videos):
     """Clips of 4 frames of thirteen videos whose frames show their number."""
-    root = tmp_path_factory.mktemp("videos")
-    for path, length in LENGTHS.items():
-        write_video(root / path, numbered_frames(length))
-    split = scan(load_split("folder", root), tmp_path_factory.mktemp("index") / "index.json")
+    split = scan(load_split("folder", videos))
     return Pairs(split, split.paths, 4, 16)
 
 
 def texts(labels):
     return [label.get_text() for label in labels]
-
-
-def test_without_matplotlib_a_picture_ends_in_a_sentence_before_any_work(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert fails(psi.main, []).endswith("pictures need matplotlib: pip install matplotlib")
-
-
-def test_curves_show_the_logged_values_of_each_run_and_differ_without_colour(tmp_path):
-    first, second = tmp_path / "a", tmp_path / "_b $2"
-    rows = [dict(step=n, loss=9 - n, speed_acc=n / 10, speed_chance=0.3, left_s=1) for n in (2, 4)]
-    for folder, lines in ((first, rows), (second, [dict(step=6, loss=1, lr=1e-3)])):
-        folder.mkdir()
-        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    figure = curves.draw([curves.read_log(path) for path in (first, second / "log.jsonl")])
-    assert texts(figure.legends[0].texts) == [str(first), str(second)]
-    drawn = {axes.get_title(loc="left"): axes.lines for axes in figure.axes}
-    values = {title: [line.get_xydata().tolist() for line in drawn[title]] for title in drawn}
-    accuracy, loss, lr = (curves.TITLES[key] for key in ("speed_acc", "loss", "lr"))
-    assert values == {
-        accuracy: [[[2, 0.2], [4, 0.4]], [[2, 0.3], [4, 0.3]], []],         # the second is chance
-        loss: [[[2, 7], [4, 5]], [[6, 1]]], lr: [[], [[6, 1e-3]]]}
-    assert [line.get_linestyle() for line in drawn[accuracy]] == ["-", ":", "--"]
 
 
 def test_the_preview_shows_the_frames_that_the_network_gets_and_where_they_lie(pairs):
@@ -103,17 +77,13 @@ def encoded(pairs):
     return rows, cosines, psi.statistics(x, labels, pairs.speeds, pairs.T)
 
 
-def kinds_of(row):
-    """What the picture calls a row of labels."""
-    return dict(
-        pq=row["pq"], speed=" ".join(f"{2 ** k}x" for k in row["speed"]),
-        direction=" ".join("→←"[k] for k in row["direction"]),
-        order=("before", "after", "overlap")[row["order"]])
-
-
 def test_accuracy_chance_and_confusion_of_the_nearest_psi_equal_a_double_loop(encoded):
     rows, cosines, result = encoded
-    kinds, chances, counts = [kinds_of(row) for row in rows], Counter(), Counter()
+    chances, counts = Counter(), Counter()
+    kinds = [dict(
+        pq=row["pq"], speed=" ".join(f"{2 ** k}x" for k in row["speed"]),
+        direction=" ".join("→←"[k] for k in row["direction"]),
+        order=("before", "after", "overlap")[row["order"]]) for row in rows]
     for n, a in enumerate(rows):
         others = [m for m, b in enumerate(rows) if b["video"] != a["video"]]
         nearest = max(others, key=lambda m: cosines[n][m])
@@ -130,44 +100,29 @@ def test_accuracy_chance_and_confusion_of_the_nearest_psi_equal_a_double_loop(en
 
 
 def steps_of(a, b):
-    """{curve: step} to which two rows of labels, of different videos, contribute."""
+    """The (curve, step)s to which two rows of labels, of different videos, contribute."""
     shift = abs(a["start"][1] - a["start"][0] - b["start"][1] + b["start"][0])
     octaves = sum(abs(x - y) for x, y in zip(a["speed"], b["speed"]))       # classes of 1, 2, 4, 8
     turns = sum(x != y for x, y in zip(a["direction"], b["direction"]))
-    steps = {}
-    if octaves == turns == 0:
-        steps["shift"] = next(x for x in (0, 1, 2, 4, 8, 16, 32, 64) if shift <= x)
-    if shift <= 4 and turns == 0:
-        steps["speed"] = octaves
-    if shift <= 4 and octaves == 0:
-        steps["direction"] = turns
-    return steps
+    doubled = next(x for x in (0, 1, 2, 4, 8, 16, 32, 64, 128) if shift <= x)
+    steps = {
+        ("shift", doubled): octaves == turns == 0,
+        ("speed", octaves): shift <= 4 and turns == 0,
+        ("direction", turns): shift <= 4 and octaves == 0}
+    return [step for step, equal in steps.items() if equal]
 
 
 def test_the_curves_of_psi_equal_a_double_loop(encoded):
     rows, cosines, result = encoded
     wanted = defaultdict(list)
-    for n, a in enumerate(rows):
-        for m, b in enumerate(rows[:n]):
-            if b["video"] != a["video"]:
-                for step in steps_of(a, b).items():
-                    wanted[step].append(cosines[n][m])
+    for n, m in itertools.combinations(range(len(rows)), 2):
+        if rows[n]["video"] != rows[m]["video"]:
+            for step in steps_of(rows[n], rows[m]):
+                wanted[step].append(cosines[n][m])
     steps = {(name, step["up_to"]): (step["pairs"], step["cosine"])
              for name, curve in result["curves"].items() for step in curve}
-    assert steps.keys() == wanted.keys()
-    for key, values in wanted.items():
-        assert steps[key] == pytest.approx((len(values), np.mean(values)))
-
-
-def test_the_picture_of_psi_shows_its_curves_and_confusion(encoded):
-    _, _, result = encoded
-    figure = psi.draw(dict(checkpoint=result), "title")
-    for axes, curve in zip(figure.axes, result["curves"].values()):
-        assert axes.lines[0].get_ydata().tolist() == [step["cosine"] for step in curve]
-        assert texts(axes.get_xticklabels()) == [str(step["up_to"]) for step in curve]
-    for axes, kind in zip(figure.axes[3:], result["kinds"].values()):
-        assert np.allclose(axes.images[0].get_array(), 100 * np.array(kind["matrix"]))
-        assert texts(axes.get_yticklabels()) == kind["names"]
+    assert steps == {
+        key: pytest.approx((len(values), np.mean(values))) for key, values in wanted.items()}
 
 
 def test_psi_is_the_networks_own_in_eval_mode(whole):
