@@ -17,7 +17,6 @@ from conftest import (
     assert_same_training,
     drifting,
     evaluation_words,
-    fails,
     flags_of,
     load_checkpoint,
     official,
@@ -186,13 +185,6 @@ def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
     assert broken["predicted"] is None and broken["problem"].startswith("Invalid data")
     sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: 1/broken.avi"
     assert sentence in capsys.readouterr().out
-
-
-def test_a_folder_without_videos_ends_in_one_sentence(tuned, tmp_path):
-    (tmp_path / "empty").mkdir()
-    argv = "--predict", tmp_path / "empty", "--checkpoint", tuned[0] / RUN / "checkpoint.pt"
-    assert "0 of 0 videos" in fails(finetune.main, [*argv, "--out", tmp_path])
-    assert not (tmp_path / "predictions.jsonl").exists()
 
 
 def test_a_fine_tuned_checkpoint_is_a_backbone_for_the_other_evaluations(tuned):

@@ -22,7 +22,7 @@ from sklearn.svm import LinearSVC
 
 import linear_probe
 from common.evaluation import Features
-from common.splits import LISTS, Split, sources
+from common.splits import Split, sources
 
 
 def new_svm(C=1e-3, seed=0):
@@ -143,10 +143,3 @@ def test_C_is_chosen_by_several_processes_and_the_command_ends_without_an_error(
     ("folder", "any/thing_g01_c01.avi", "any/thing_g01_c01.avi")])
 def test_a_path_names_its_source(dataset, path, source):
     assert sources(dataset, [path]) == [source]
-
-
-@pytest.mark.parametrize("dataset, least, most", [
-    ("ucf101", 101 * 18, 101 * 18), ("hmdb51", 500, 3000), ("diving48", 50, 100)])
-def test_the_official_training_videos_have_so_many_sources(shared, dataset, least, most):
-    rows, _ = LISTS[dataset](shared / "annotations", shared / "annotations" / dataset, 1, "train")
-    assert least <= len(set(sources(dataset, [path for path, _ in rows]))) <= most

@@ -217,12 +217,6 @@ def test_a_bare_state_dict_needs_arch_and_its_classifier_is_ignored(model, tmp_p
     close(net.state_dict(), model.backbone.state_dict(), rtol=0, atol=0)
 
 
-def test_a_random_initialisation_is_named_so(capsys):
-    load_backbone("random", "r3d18_narrow")
-    said = "random initialisation of r3d18_narrow: no weights loaded\n"
-    assert capsys.readouterr().out == said
-
-
 @pytest.mark.parametrize("change, arch, said", [
     (lambda state: state, "r3d18", r"size mismatch for stem\.0\.weight"),   # not the file's arch
     (lambda state: state.pop("stem.1.running_var"), None, r"Missing .*1\.running_var"),
@@ -234,9 +228,3 @@ def test_weights_that_do_not_fit_in_every_tensor_are_refused_in_one_line(
     torch.save(dict(arch="r3d18_narrow", backbone=state), tmp_path / "b.pt")
     with pytest.raises(UserError, match=rf"b\.pt does not fit: .*{said}.*$"):
         load_backbone(tmp_path / "b.pt", arch)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(UserError, match=f"no such file: {path} "):
-            load_backbone(path, "r3d18_narrow")

@@ -66,11 +66,11 @@ def save_gradients(rank, world, folder):
     torch.save({case: gradients_of(case, rank, world) for case in CASES}, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def distributed_gradients(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gradients")
-    assert together(4, save_gradients, 4, folder) == [0] * 4
-    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+@pytest.fixture(scope="module", params=[2, 4])
+def distributed_gradients(request, tmp_path_factory):
+    folder, world = tmp_path_factory.mktemp("gradients"), request.param
+    assert together(world, save_gradients, world, folder) == [0] * world
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, fails, read_json
 
 import pretrain
-from tools import pyplot, table1
+from tools import table1
 
 TINY = dict(
     shrink="16", clips="--arch r3d18_narrow --frames 2 --size 16",
@@ -93,17 +93,12 @@ def run(tmp_path, monkeypatch):
     return lambda words: table1.main([*words, "--out", "out", "--jobs", "2"])
 
 
-def test_the_table_has_means_and_half_ranges_of_the_seeds_and_the_picture_each_of_them(run):
-    words = "--rows", "f", "random", "--seeds", "0", "1", "4"
-    run(words)
+def test_the_table_has_means_and_half_ranges_of_the_seeds(run):
+    run(["--rows", "f", "random", "--seeds", "0", "1", "4"])
     assert Path("out/table.md").read_text().splitlines()[2:] == [
         "| random | 3 | 11.7 ± 2.0 | 16.7 ± 2.0 | 21.7 ± 2.0 | 31.7 ± 2.0 |  |",
         "| f | 3 | 23.3 ± 4.0 | 33.3 ± 4.0 | 43.3 ± 4.0 | 53.3 ± 4.0 |  |",
         "| chance | | 12.5 | 12.5 | 10.0 | 20.0 |  |"]
-    run([*words, "--picture", "table.png"])
-    _, axes = pyplot().gcf().axes                               # of 1-NN
-    wanted = [20, 21, 24], [40, 42, 48], [65 / 3] * 2, [10] * 2             # means, chance
-    assert [line.get_ydata() for line in axes.lines] == [pytest.approx(x) for x in wanted]
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(run, monkeypatch, capsys):

@@ -2,9 +2,7 @@
 import csv
 import ctypes
 import gc
-import os
 import random
-import shutil
 import wave
 
 import av
@@ -166,22 +164,6 @@ def test_metadata_may_be_any_bytes(plain, tmp_path):
     assert b"Lavf" in content                                   # the writer's name
     (tmp_path / "a.avi").write_bytes(content.replace(b"Lavf", b"caf\xe9"))
     assert probe(tmp_path / "a.avi") == (60, 48, 64, "")
-
-
-# ---- File names ----
-
-@pytest.mark.parametrize("name", [
-    b"caf\xe9.avi", b"%03d*?.avi", b"concat:a.avi|a.avi", b"pipe:0", b"http://127.0.0.1/x.mp4"])
-def test_any_name_is_that_of_a_file_and_no_protocol(plain, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(plain, "a.avi")
-    name = os.fsdecode(name)
-    with pytest.raises(VideoError, match="No such file or directory") as caught:
-        decode(name, [0])
-    assert str(caught.value).startswith(f"{tmp_path}/")
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(plain, tmp_path / name)
-    assert numbers(decode(name, [7, 5])) == [7, 5]
 
 
 # ---- Leaks ----
