@@ -47,5 +47,5 @@ def test_the_verdict_follows_from_the_rates(step, both, expected):
     assert re.match(expected, benchmark.verdict(step, both))
 
 
-def test_the_papers_run_takes_as_long_as_docs_speed_says():
+def test_the_papers_run_takes_ten_hours_at_200_clips_a_second():
     assert benchmark.paper_hours(200) == pytest.approx(10.45, abs=0.01)

@@ -27,15 +27,15 @@ def error(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
 
 
-def example_batch(B=4, T=8, size=48):
-    """A batch of the loader, of B videos in pairs of one pq."""
-    clips = [torch.tensor(drifting(T, n, n % 2, size)) for n in range(2 * B)]
-    colours = [draw_colour(seed) for seed in range(2 * B)]
+def example_batch():
+    """A batch of the loader, of four videos in pairs of one pq."""
+    clips = [torch.tensor(drifting(8, n, n % 2, 48)) for n in range(8)]
+    colours = [draw_colour(seed) for seed in range(8)]
     return dict(
-        clips=torch.stack(clips).unflatten(0, (B, 2)),
-        colour=torch.stack(colours).unflatten(0, (B, 2)),
-        video=torch.arange(B), pq=torch.arange(B) // 2, order=torch.arange(B) % 3,
-        speed=torch.arange(2 * B).view(B, 2) % 4, direction=torch.arange(2 * B).view(B, 2) % 2)
+        clips=torch.stack(clips).unflatten(0, (4, 2)),
+        colour=torch.stack(colours).unflatten(0, (4, 2)),
+        video=torch.arange(4), pq=torch.arange(4) // 2, order=torch.arange(4) % 3,
+        speed=torch.arange(8).view(4, 2) % 4, direction=torch.arange(8).view(4, 2) % 2)
 
 
 # ---- Numbers ----

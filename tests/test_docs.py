@@ -22,13 +22,13 @@ DOCS = sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
 PAGES = {page: (ROOT / page).read_text() for page in ("README.md", *DOCS)}
 PROSE = {page: re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S) for page in PAGES}
 SEVERAL = dict(S=("$U", "$H"), A=("r3d18", "r2plus1d18", "s3dg"))  # as docs/results.md says
-# not python -m ...
+# does not match python -m
 START = re.compile(r"(python|torchrun\b[^&\n]*?) ((?:\w+/)*\w+\.py)([^&|;#\n]*)")
 FOLDERS = ("common", "docs", "tests", "tools")
 
 
 def quoted(pattern, text):
-    """What stands between backticks in a page and is of this form."""
+    """The code spans of a page that match a pattern."""
     return [words for words in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(pattern, words)]
 
 
@@ -142,8 +142,3 @@ def test_modules_functions_files_tests_and_flags_that_are_named_exist(page):
     flags = {words.split()[0].split("=")[0] for words in quoted(r"--[a-z].*", text)} - {"--help"}
     missing += [flag for flag in sorted(flags) if f'"{flag}"' not in source]
     assert missing == []
-
-
-def test_each_row_of_docs_faults_names_a_test():
-    rows = [row for row in PAGES["docs/faults.md"].splitlines() if row.startswith("| ")][1:]
-    assert [row for row in rows if not quoted(r"test_\w+", row.split(" | ")[2])] == []

@@ -13,11 +13,9 @@ from conftest import (
     CLASSES,
     CPU,
     SHARP,
-    Reached,
     assert_same_training,
     drifting,
     evaluation_words,
-    flags_of,
     load_checkpoint,
     official,
     plain_training,
@@ -48,9 +46,9 @@ def tuned(world, checkpoint, tmp_path_factory):
 # ---- Training and testing ----
 
 def test_a_run_equals_a_plain_loop_over_labelled_clips(world, checkpoint, tmp_path, used_rates):
-    given = dict(epochs=3, batch_size=10, lr=2e-5, weight_decay=1500.0, warmup_epochs=1.5, frames=5,
-                 size=20, seed=7, step=3, log_every=1)      # none is a default
-    finetune.main(evaluation_words(world, checkpoint, tmp_path, *flags_of(given)))
+    given = ("--epochs 3 --batch-size 10 --lr 2e-5 --weight-decay 1500 --warmup-epochs 1.5 "
+             "--frames 5 --size 20 --seed 7 --step 3 --log-every 1").split()
+    finetune.main(evaluation_words(world, checkpoint, tmp_path, *given))
     folder = tmp_path / "finetune-ucf101-3x-1"
     state = load_checkpoint(folder)["model"]
 
@@ -74,22 +72,20 @@ def test_a_run_equals_a_plain_loop_over_labelled_clips(world, checkpoint, tmp_pa
     assert [line["epoch"] for line in log] == [0.5, 1, 1.5, 2, 2.5, 3]
 
 
-def test_videos_of_fewer_frames_than_a_clip_are_trained_on(
-        world_copy, checkpoint, tmp_path, capsys):
-    path = official(1, "train")[0]
-    write_video(world_copy / "UCF-101" / path, drifting(3), **SHARP)
-    tune(world_copy, checkpoint, tmp_path, "--epochs", 1, "--batch-size", 24)
-    assert "24 usable" in capsys.readouterr().err
+def test_videos_of_fewer_frames_than_a_clip_are_trained_on(world_copy, checkpoint, tmp_path):
+    write_video(world_copy / "UCF-101" / official(1, "train")[0], drifting(3), **SHARP)
+    tune(world_copy, checkpoint, tmp_path, "--epochs", 1, "--batch-size", 24)       # needs all
+    assert load_checkpoint(tmp_path / RUN)["step"] == 1
 
 
 def test_each_process_trains_on_its_own_part_of_a_batch(world, checkpoint, tmp_path, monkeypatch):
     def first_batch(*args):
         videos.extend(next(step_loader(*args))["video"].tolist())
-        raise Reached
+        raise RuntimeError("enough")
     videos, step_loader = [], finetune.step_loader
     monkeypatch.setattr(finetune, "step_loader", first_batch)
     monkeypatch.setattr(finetune, "rank_and_world", lambda: (1, 2))
-    with pytest.raises(Reached):
+    with pytest.raises(RuntimeError, match="enough"):
         tune(world, checkpoint, tmp_path)                   # eight videos a batch
     assert videos == epoch_order(0, 0, 24)[4:8].tolist()
 
@@ -124,8 +120,6 @@ def test_a_finished_fine_tuning_is_tested_again_with_other_crops(
         world, checkpoint, tuned, tmp_path):
     shutil.copytree(tuned[0], tmp_path, dirs_exist_ok=True)
     before = (tmp_path / RUN / "checkpoint.pt").read_bytes()
-    again = tune(world, checkpoint, tmp_path)
-    assert again["splits"] == tuned[1]["splits"] and again["top1"] == tuned[1]["top1"]
     other = tune(world, checkpoint, tmp_path, "--crops", "ten", "--windows", 3)
     assert other["protocol"]["crops"] == "ten" and other["protocol"]["windows"] == 3
     assert (tmp_path / RUN / "checkpoint.pt").read_bytes() == before
@@ -146,9 +140,6 @@ def test_several_splits_are_averaged_and_finished_ones_are_kept(world, checkpoin
     result = tune(world, checkpoint, tmp_path, "--split", 1, 2)
     assert (tmp_path / RUN / "checkpoint.pt").read_bytes() == before
     assert result["splits"][0] == tuned[1]["splits"][0]
-    rows = read_rows(tmp_path / PREDICTIONS)
-    assert [(row["split"], row["path"]) for row in rows] == [
-        (number, path) for number in (1, 2) for path in official(number, "test")]
     assert [split["split"] for split in result["splits"]] == [1, 2]
     assert [split["test"]["expected"] for split in result["splits"]] == [9, 12]
     top1 = [split["checkpoint"]["top1"] for split in result["splits"]]
@@ -185,11 +176,3 @@ def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
     assert broken["predicted"] is None and broken["problem"].startswith("Invalid data")
     sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: 1/broken.avi"
     assert sentence in capsys.readouterr().out
-
-
-def test_a_fine_tuned_checkpoint_is_a_backbone_for_the_other_evaluations(tuned):
-    network = load_backbone(tuned[0] / RUN / "checkpoint.pt")
-    state = load_checkpoint(tuned[0] / RUN)["model"]
-    assert network.arch == "r3d18_narrow"
-    assert all(value.equal(state[f"backbone.{name}"])
-               for name, value in network.state_dict().items())

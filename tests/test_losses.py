@@ -101,21 +101,6 @@ def test_d_is_eq_2_of_all_pairs():
     close(d(x, y), torch.stack([eq2(a, b, 0.1) for a in x for b in y]).view(3, 5))
 
 
-def test_objective_takes_eq_1_of_pairs_eq_3_of_clips_and_fig_5_of_views():
-    videos, pq = [5, 2, 7, 9], [1, 0, 0, 1]
-    out = dict(
-        psi=features(4),
-        phi=features(8).unflatten(0, (4, 2)),
-        chi=features(16).unflatten(0, (4, 4)))                  # p, q under σ_0, p, q under σ_1
-    batch = dict(video=torch.tensor(videos), pq=torch.tensor(pq))
-    terms = objective(out, batch, gather_keys(out, batch), lam=0.3)
-    phi, chi = (torch.cat(out[name].unbind(1)) for name in ("phi", "chi"))
-    close(terms["equi"], eq1(out["psi"], videos, pq, 0.3))
-    close(terms["inst"], eq3(phi, videos * 2, [0] * 4 + [1] * 4, 0.3))
-    p, s = ([0] * 4 + [1] * 4) * 2, [0] * 8 + [1] * 8
-    close(terms["distinct"], fig5(chi, videos * 4, p, s, 0.3))
-
-
 def test_objective_takes_the_cross_entropy_of_each_clip_or_pair_in_float32():
     x = features(12, 3, torch.bfloat16)
     out = dict(speed=x[:8].unflatten(0, (4, 2)), order=x[8:])

@@ -19,7 +19,7 @@ def clip(*shape):
 
 
 def randomise(net):
-    """Move what BatchNorm has from 0 and 1, where a lost one would not show."""
+    """Shift BatchNorm's values away from 0 and 1, so that a lost one shows."""
     torch.manual_seed(3)
     for value in net.state_dict().values():
         if value.ndim == 1:
@@ -41,7 +41,7 @@ def test_backbones_map_clips_to_dim_features(nets):
     dims = dict(r3d18=512, r3d18_tv=512, r2plus1d18=512, s3dg=1024, r3d18_narrow=128)
     assert {arch: net.dim for arch, net in nets.items()} == dims
     for net in nets.values():
-        assert net(clip(2, 3, 5, 17, 20)).shape == (2, net.dim)     # the least that s3dg takes
+        assert net(clip(2, 3, 5, 17, 20)).shape == (2, net.dim)     # the smallest clip s3dg accepts
 
 
 @pytest.mark.parametrize("arch, parameters", [
@@ -84,7 +84,7 @@ def test_torchvision_weights_give_torchvision_features_bit_for_bit(arch, make):
     close(ours(x), theirs(x), rtol=0, atol=0)
 
 
-def test_batchnorm_statistics_settle_within_tens_of_steps(nets):
+def test_batchnorms_momentum_is_a_tenth_in_every_backbone(nets):
     for net in nets.values():
         norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm3d)]
         assert {norm.momentum for norm in norms} == {0.1}       # torchvision's S3D has 0.001

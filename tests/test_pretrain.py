@@ -12,15 +12,12 @@ from conftest import (
     SHARP,
     assert_same_training,
     drifting,
-    fails,
-    flags_of,
     load_checkpoint,
     log_lines,
     official,
     plain_training,
     train,
     warmup_and_cosine,
-    words,
     write_lists,
     write_video,
 )
@@ -35,8 +32,8 @@ from models import LOSSES, TimeEquivariant, load_backbone
 
 # ---- A run equals a plain loop (Sec. 3, Table 1, Fig. 5) ----
 
-GIVEN = dict(epochs=3, batch_size=10, lr=2e-5, weight_decay=1500.0, warmup_epochs=1.5, lam=0.3,
-             speeds=[1, 3], frames=5, size=20, seed=7)      # none is a default
+GIVEN = ("--epochs 3 --batch-size 10 --lr 2e-5 --weight-decay 1500 --warmup-epochs 1.5 --lam 0.3 "
+         "--speeds 1 3 --frames 5 --size 20 --seed 7").split()      # all differ from the defaults
 CASES = {                                                   # flags -> losses, equivariance, clips
     "": (LOSSES, "temporal", 2),
     "--losses equi inst --equivariance spatial": (("inst", "equi"), "spatial", 2),
@@ -69,7 +66,7 @@ def sum_of_terms(out, batch):
 @pytest.mark.parametrize("flags", CASES)
 def test_a_run_equals_a_plain_loop_over_the_equations(world, tmp_path, used_rates, flags):
     losses, equivariance, clips = CASES[flags]
-    state = train(world, tmp_path, *flags_of(GIVEN), *flags.split())["model"]
+    state = train(world, tmp_path, *GIVEN, *flags.split())["model"]
 
     split = scan(load_split("ucf101", world / "UCF-101"))
     pairs = Pairs(split, split.paths, 5, 20, [1, 3], 7, equivariance, clips)
@@ -104,23 +101,17 @@ def test_speed_direction_and_order_are_learned_unless_frames_are_shuffled(tmp_pa
         frames = ramp(rng)
         frames = rng.permutation(frames) if shuffled else frames
         write_video(tmp_path / "videos" / f"{k}.avi", frames, **SHARP)
-    log = pretrain_on(tmp_path / "videos", tmp_path / "out", "--losses", "speed", "direction",
-                      "order", "--speeds", 1, 2, 4, "--epochs", 24, "--lr", 5e-3,
-                      "--warmup-epochs", 2)
-    speed, direction, order, chance = (np.mean([line[name] for line in log[-5:]]) for name in (
-        "speed_acc", "direction_acc", "order_acc", "order_chance"))
+    train(tmp_path, tmp_path / "out", "--dataset", "folder", "--data", tmp_path / "videos",
+          "--frames", 8, "--losses", "speed", "direction", "order", "--speeds", 1, 2, 4,
+          "--epochs", 24, "--batch-size", 12, "--lr", 5e-3, "--warmup-epochs", 2)
+    speed, direction, order, chance = (
+        np.mean([line[name] for line in log_lines(tmp_path / "out")[-48:]]) for name in (
+            "speed_acc", "direction_acc", "order_acc", "order_chance"))
+    # of three seeds: 0.56 to 0.63, 0.92 to 0.93, 0.19 to 0.25; shuffled: 0.33 to 0.36, 0.50 to 0.53
     if shuffled:
         assert speed < 0.45 and direction < 0.6             # chance is 0.37 and 0.5
     else:
         assert speed > 0.48 and direction > 0.8 and order > chance + 0.08
-
-
-def pretrain_on(data, out, *more):
-    """Pre-train on the videos of a folder in this process -> the lines of its log"""
-    pretrain.main([str(word) for word in (
-        "--dataset", "folder", "--data", data, "--out", out, "--arch", "r3d18_narrow",
-        "--workers", 0, "--frames", 8, "--size", 16, "--batch-size", 12, *more)])
-    return log_lines(out)
 
 
 # ---- What it logs ----
@@ -132,7 +123,7 @@ def test_accuracies_and_chance_levels_equal_loops():
                  direction=torch.randint(2, (6, 2)), order=torch.tensor([2, 2, 0, 0, 2, 2]))
     out = dict(phi=torch.randn(6, 2, 3), psi=torch.randn(6, 3), speed=torch.randn(6, 2, 4),
                direction=torch.randn(6, 2, 2), order=torch.randn(6, 3))
-    found = pretrain.scores(out, batch, batch | out)
+    logged = pretrain.scores(out, batch, batch | out)
 
     def accuracy(x, is_candidate, is_match):
         hits, chances = [], []
@@ -146,15 +137,15 @@ def test_accuracies_and_chance_levels_equal_loops():
     phi = accuracy(out["phi"].flatten(0, 1), lambda a, b: a != b,       # clips 2i, 2i + 1 of i
                    lambda a, b: a // 2 == b // 2)
     psi = accuracy(out["psi"], lambda a, b: a != b, lambda a, b: (pq[a] == pq[b]).item())
-    assert (found["phi_nearest"], found["phi_chance"]) == pytest.approx(phi)
-    assert (found["psi_nearest"], found["psi_chance"]) == pytest.approx(psi)
+    assert (logged["phi_nearest"], logged["phi_chance"]) == pytest.approx(phi)
+    assert (logged["psi_nearest"], logged["psi_chance"]) == pytest.approx(psi)
     assert 0 < phi[0] < 1 and 0 < psi[0] < 1
     for task in ("speed", "direction", "order"):
         label = batch[task].flatten()
         right = out[task].flatten(0, -2).argmax(1) == label
-        assert found[f"{task}_acc"] == right.float().mean()
+        assert logged[f"{task}_acc"] == right.float().mean()
         frequency = torch.bincount(label, minlength=out[task].shape[-1]) / len(label)
-        torch.testing.assert_close(found[f"{task}_chance"], frequency)
+        torch.testing.assert_close(logged[f"{task}_chance"], frequency)
 
 
 @pytest.mark.parametrize("losses", [LOSSES, ("equi", "speed"), ("inst", "speed", "distinct")])
@@ -202,8 +193,9 @@ def test_tensorboard_gets_the_values_of_the_log(world, tmp_path, monkeypatch):
 def test_videos_of_just_enough_frames_for_the_slowest_clip_are_used(tmp_path, capsys):
     for k, length in enumerate([7, 6, 7, 9, 7]):            # --speeds 2 4, 4 frames: 2 * 3 + 1
         write_video(tmp_path / "videos" / f"{k}.avi", drifting(length, k))
-    flags = "--epochs", 1, "--frames", 4, "--speeds", 4, 2, "--batch-size", 4
-    assert len(pretrain_on(tmp_path / "videos", tmp_path / "out", *flags)) == 1
+    train(tmp_path, tmp_path / "out", "--dataset", "folder", "--data", tmp_path / "videos",
+          "--epochs", 1, "--speeds", 4, 2, "--batch-size", 4)
+    assert len(log_lines(tmp_path / "out")) == 1
     assert "5 videos, 4 usable; 1 shorter than 7 frames" in capsys.readouterr().err
 
 
@@ -226,7 +218,7 @@ def test_the_network_is_compiled_or_gets_synchronised_batchnorm(
     assert [type(network) for network in networks] == [TimeEquivariant]
 
 
-def test_workers_are_processes_of_the_loader(world, tmp_path, monkeypatch):
+def test_workers_reach_the_loader(world, tmp_path, monkeypatch):
     def spy(*args, **kwargs):
         counts.append(kwargs["num_workers"])
         return loader(*args, **kwargs)
@@ -238,20 +230,15 @@ def test_workers_are_processes_of_the_loader(world, tmp_path, monkeypatch):
 
 # ---- --accumulate ----
 
-def random_batch(B):
-    """A batch on the CPU as `to_device` returns it, of B videos in pairs of one pq."""
-    return dict(
-        clips=torch.randn(B, 2, 3, 4, 16, 16).double(),
-        video=torch.arange(B), pq=torch.arange(B) // 2,
-        speed=torch.randint(4, (B, 2)), direction=torch.randint(2, (B, 2)),
-        order=torch.randint(3, (B,)))
-
-
 @pytest.mark.parametrize("parts", [2, 6])
 def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
     torch.manual_seed(0)
     model = TimeEquivariant("r3d18_narrow").double().eval()         # BatchNorm would see the parts
-    batch, args = random_batch(6), Namespace(accumulate=parts, amp="off", lam=0.2)
+    batch = dict(
+        clips=torch.randn(6, 2, 3, 4, 16, 16).double(), video=torch.arange(6),
+        pq=torch.arange(6) // 2, speed=torch.randint(4, (6, 2)),
+        direction=torch.randint(2, (6, 2)), order=torch.randint(3, (6,)))
+    args = Namespace(accumulate=parts, amp="off", lam=0.2)
     out = model(batch["clips"])
     whole = pretrain.objective(out, batch, batch | out, args.lam)
     expected = torch.autograd.grad(sum(whole.values()), [*model.parameters()])
@@ -269,8 +256,6 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(parts):
 def test_with_accumulate_the_running_statistics_see_each_part_once(world, tmp_path):
     model = train(world, tmp_path, "--epochs", 1, "--accumulate", 2)["model"]
     assert model["backbone.stem.1.num_batches_tracked"] == 3 * 2    # three steps of two parts
-    line = log_lines(tmp_path)[0]
-    assert line["loss"] == pytest.approx(sum(line[name] for name in LOSSES), rel=1e-4)
 
 
 # ---- --init and backbone.pt ----
@@ -283,14 +268,13 @@ def test_backbone_pt_is_the_checkpoints_backbone_and_loads(whole):
         assert torch.equal(value, state["model"][f"backbone.{name}"])
 
 
-def test_init_gives_the_backbone_its_weights_and_belongs_to_the_run(world, whole, tmp_path):
+def test_init_gives_the_backbone_its_weights(world, whole, tmp_path):
     still = "--epochs", 1, "--lr", 1e-9, "--weight-decay", 0
     init = "--init", whole / "backbone.pt"
     train(world, tmp_path, *still, *init)
     before, after = (load_backbone(out / "backbone.pt") for out in (whole, tmp_path))
     for weight, expected in zip(after.parameters(), before.parameters()):
         torch.testing.assert_close(weight, expected)
-    assert "(init " in fails(pretrain.main, words(world, tmp_path, *still))
 
 
 # ---- The commands of the project ----

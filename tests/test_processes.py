@@ -13,27 +13,22 @@ from conftest import (
     STEPS,
     TORCHRUN,
     after_step,
-    drifting,
     load_checkpoint,
     log_lines,
     together,
     words,
-    write_lists,
-    write_video,
 )
 from torch.nn.parallel import DistributedDataParallel
 
 import pretrain
-from common.distributed import end_loader_processes, ignore_signals, init_distributed, run
-from common.flags import paper_defaults
-from common.toy import TOY_CLASSES
+from common.distributed import ignore_signals, init_distributed, run
 from common.training import mean_over_processes
 from models import LOSSES, TimeEquivariant
 from pretrain import gather_keys, objective
 
 # ---- The gradient of one process ----
 
-# ids pq of eight videos: each group on one process, but two of the four 1s on another, by chance
+# pq of eight videos: groups stay on one process; two of the four 1s are on another
 GROUPED = 0, 0, 1, 1, 2, 2, 1, 1
 SPLIT = 0, 1, 2, 1, 0, 1, 2, 1          # every positive of 0 and 2 is on another process
 CASES = {"all": (LOSSES, SPLIT), "equi-grouped": (("equi",), GROUPED)}
@@ -61,8 +56,8 @@ def gradients_of(case, rank=0, world=1):
     return means, {name: p.grad for name, p in model.named_parameters()}
 
 
-def save_gradients(rank, world, folder):
-    init_distributed()
+def save_gradients(world, folder):
+    rank, _ = init_distributed()
     torch.save({case: gradients_of(case, rank, world) for case in CASES}, folder / f"{rank}.pt")
 
 
@@ -85,7 +80,7 @@ def test_several_processes_have_the_terms_and_the_gradient_of_one(distributed_gr
 
 # ---- The run of one process ----
 
-def train_and_save_samples(rank, argv, folder):
+def train_and_save_samples(argv, folder):
     """Pre-train with BatchNorm in eval mode; its statistics are each process's own."""
     network, step_loader, seen = pretrain.TimeEquivariant, pretrain.step_loader, []
 
@@ -96,7 +91,7 @@ def train_and_save_samples(rank, argv, folder):
     pretrain.TimeEquivariant = lambda *args: network(*args).eval()
     pretrain.step_loader = spying_loader
     pretrain.main(argv)
-    torch.save(seen, folder / f"{rank}.pt")
+    torch.save(seen, folder / f"{os.environ['RANK']}.pt")
 
 
 def run_and_samples(world, folder, processes, *more):
@@ -125,23 +120,21 @@ def test_several_processes_or_parts_have_the_samples_and_the_loss_curve_of_one(
         for name in ("loss", *LOSSES):
             assert several[name] == pytest.approx(one[name], rel=2e-4), (one["step"], name)
     assert len({line["loss"] for line in log}) == STEPS
-    assert capsys.readouterr().out.count("next: ") == 1     # only rank 0 prints
+    printed = capsys.readouterr().out
+    assert printed.count("next: ") == 1                     # only rank 0 prints
+    assert re.findall(r"\w+Warning.*", printed) == []
 
 
 # ---- Stopping ----
 
-def train_and_get_a_signal(rank, argv, number):
-    if rank == 1:                       # twice, since torchrun repeats Ctrl-C
+def train_and_get_a_signal(argv, number):
+    if os.environ["RANK"] == "1":       # twice, since torchrun repeats Ctrl-C
         after_step(4, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
     pretrain.main(argv)
 
 
-def train_on(rank, argv):
-    run(lambda: pretrain.main(argv))
-
-
 def test_where_rank_0_refuses_every_process_ends_and_only_rank_0_says_why(world, tmp_path, capsys):
-    assert together(2, train_on, words(world, tmp_path, "--batch-size", 6)) == [1, 1]
+    assert together(2, pretrain.main, words(world, tmp_path, "--batch-size", 6)) == [1, 1]
     assert capsys.readouterr().out.count("error: --batch-size 6 must be") == 1
 
 
@@ -149,7 +142,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path
     argv = words(world, tmp_path, "--log-every", 1000, "--save-every", 1000)
     assert together(2, train_and_get_a_signal, argv, signal.SIGINT) == [1, 1]
     assert load_checkpoint(tmp_path)["step"] == 4
-    assert together(2, train_on, argv) == [0, 0] and load_checkpoint(tmp_path)["step"] == STEPS
+    assert together(2, pretrain.main, argv) == [0, 0] and load_checkpoint(tmp_path)["step"] == STEPS
 
 
 def wait_as_a_loader_process(ready):
@@ -163,7 +156,7 @@ def test_no_loader_process_outlives_a_run():
     process = multiprocessing.Process(target=wait_as_a_loader_process, args=[ready])
     process.start()
     assert ready.wait(60)
-    end_loader_processes()
+    run(lambda: None)
     process.join(10)
     assert process.exitcode == -signal.SIGKILL
 
@@ -204,17 +197,3 @@ def test_torchruns_restart_recovers_a_killed_worker(world, tmp_path):
     assert "starts at step 0 of 9" in done.stderr and "resumes at step 4 of 9" in done.stderr
     assert load_checkpoint(out)["step"] == STEPS
     assert [line["step"] for line in log_lines(out)] == [*range(1, STEPS + 1)]
-
-
-def test_the_documented_command_runs_on_eight_processes_without_a_warning(tmp_path):
-    """torchrun --nproc_per_node=8 pretrain.py, on two batches of a toy set."""
-    batch = paper_defaults("toy", "r3d18_narrow")["batch_size"]
-    paths = [f"{TOY_CLASSES[n % len(TOY_CLASSES)]}/v_g{n:03d}_c01.avi" for n in range(2 * batch)]
-    for n, path in enumerate(paths):
-        write_video(tmp_path / "toy-videos" / path, drifting(30, seed=n))
-    write_lists(tmp_path / "toy-videos" / "ucfTrainTestlist", TOY_CLASSES, trainlist01=paths)
-    done = torchrun("--nproc_per_node=8", ROOT / "pretrain.py", "--epochs", "1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on 8 cpu process(es)" in done.stderr
-    assert load_checkpoint(tmp_path / "runs" / "toy-r3d18_narrow")["step"] == 2
-    assert re.findall(r"\w+Warning.*", done.stderr) == []

@@ -53,6 +53,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_other_workers(
     argv = words(world, tmp_path, "--save-every", save_every)
     process = start(tmp_path / "printed", train_until_killed, argv, step)
     process.join(120)
+    process.kill()                                      # if it hangs
     assert process.exitcode == -signal.SIGKILL
     if save_every == 0:
         assert load_checkpoint(tmp_path)["step"] == step - 1
@@ -84,6 +85,7 @@ def test_a_signal_saves_at_once_and_ends_in_a_sentence_below_the_bar(world, whol
     argv = words(world, tmp_path, "--save-every", 1000, "--log-every", 1000, "--workers", 1)
     process = start(tmp_path / "printed", train_until_signalled, argv, signal.Signals[name])
     process.join(120)
+    process.kill()                                      # if it hangs
     assert process.exitcode == 1
     # a bar that is not closed ends in no "\n"
     last = (tmp_path / "printed").read_text().split("\n")[-2]
@@ -184,7 +186,7 @@ def test_checkpoints_are_save_every_seconds_apart_at_any_step_and_at_the_end(
 
 
 def test_keep_every_keeps_backbones_of_those_steps(world, tmp_path):
-    train(world, tmp_path, "--epochs", 1, "--keep-every", 2)
+    train(world, tmp_path, "--epochs", 1, "--keep-every", 2, "--save-every", 1000)
     last, kept = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["backbone"]
                   for name in ("backbone", "backbone-2"))
     assert len(list(tmp_path.glob("backbone*"))) == 2

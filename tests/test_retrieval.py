@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, evaluation_words, read_json, retrieve
+from conftest import CLASSES, CPU, evaluation_words, read_json, retrieve
 from sklearn.preprocessing import StandardScaler
 
 import retrieval
@@ -176,11 +176,14 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
         assert nearest == list(neighbours[name]) and row[-1] == -1
 
 
-def test_own_class_folders_give_recall_and_neighbours(world, checkpoint, tmp_path):
-    folder = world / "UCF-101" / "."                         # all 33; 24 of them are in the gallery
+def test_own_class_folders_give_recall_by_name_and_neighbours(world, checkpoint, tmp_path):
+    folder = tmp_path / "query"                             # 16 of its 22 are in the gallery
+    folder.mkdir()
+    for name in CLASSES[1:]:                                # so their numbers are not the gallery's
+        (folder / name).symlink_to(world / "UCF-101" / name)
     retrieval.main(evaluation_words(world, checkpoint, tmp_path, "--query", folder))
     result = read_json(tmp_path / "retrieval-ucf101.json")
     assert list(result["recall"]["checkpoint"]) == ["R@1", "R@5", "R@10", "R@20"]
-    assert len(result["splits"][0]["neighbours"]) == 33
-    chance = (24 * 7 / 23 + 9 * 8 / 24) / 33
+    assert len(result["splits"][0]["neighbours"]) == 22
+    chance = (16 * 7 / 23 + 6 * 8 / 24) / 22
     assert result["recall"]["chance"]["R@1"] == pytest.approx(chance)

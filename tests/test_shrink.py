@@ -28,7 +28,7 @@ from tools import shrink
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """A small data set with a bit of everything; read-only."""
+    """A small data set with odd names, links and an empty folder; read-only."""
     root = tmp_path_factory.mktemp("originals")
     original = write_video(root / "Spin/a.avi", numbered_frames(70), b="4000000")
     odd = [os.fsdecode(b"caf\xe9.avi"), "new\nline.avi", "concat:x.avi", "-i.MP4", "deep/%03d.mkv"]
@@ -99,13 +99,13 @@ def test_stopped_or_killed_it_leaves_no_half_file_and_resumes(originals, tmp_pat
         return {path: path.stat().st_ctime_ns for path in paths}
     target, printed = tmp_path / "out", tmp_path / "printed"
     process = start(printed, run_script, originals, target)
-    while len(videos()) < 3:
+    while not videos():
         assert process.is_alive(), printed.read_text()
         time.sleep(0.01)
     os.killpg(process.pid, number)                              # as terminals and schedulers do
     process.join(20)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)                  # whoever did not stop
+        os.killpg(process.pid, signal.SIGKILL)                  # what has not stopped
     if number != signal.SIGKILL:
         assert process.exitcode == 1 and not [*target.glob(f"{shrink.TMP}*")]
         error = printed.read_text()

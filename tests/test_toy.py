@@ -1,4 +1,4 @@
-"""common/toy.py: each pretext task and each class can be told from the videos."""
+"""common/toy.py: layout and lists, grey levels, strokes and flows."""
 from collections import Counter
 
 import numpy as np
