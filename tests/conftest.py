@@ -369,6 +369,7 @@ def call(printed, target, *args):
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)    # a run's own processes see its spies
     torch.set_num_threads(1)
     target(*args)
 

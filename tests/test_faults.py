@@ -11,6 +11,7 @@ from conftest import evaluation_words, load_checkpoint, read_json, train
 import pretrain
 import retrieval
 from common import UserError
+from common.distributed import run
 from common.training import check_finite, step_scaled
 from models import load_backbone, r3d18_narrow
 
@@ -75,6 +76,11 @@ def test_code_in_a_checkpoint_is_not_run(world, tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "checkpoint.pt", weights_only=False)          # the payload works
     assert (tmp_path / "ran").exists()
+
+
+def test_names_of_any_bytes_are_printed_as_they_are(capfdbinary):
+    run(lambda: print(os.fsdecode(b"caf\xe9")))
+    assert capfdbinary.readouterr().out == b"caf\xe9\n"
 
 
 def test_file_names_of_any_bytes_are_trained_on_and_retrieved(world, checkpoint, tmp_path):

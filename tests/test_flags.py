@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import drifting, evaluation_words, fails, words, write_video
+from conftest import drifting, evaluation_words, fails, words, write_lists, write_video
 
 import finetune
 import linear_probe
@@ -101,6 +101,7 @@ def here(tmp_path_factory):
     (here / "empty").mkdir()
     for name in ("a", "b"):                                 # without class folders
         write_video(here / "plain" / f"{name}.avi", drifting(60))
+    write_lists(here / "ucf" / "ucfTrainTestlist", ["Run"])
     torch.save({"a": torch.ones(1)}, here / "tensors.pt")
     return here
 
@@ -120,6 +121,7 @@ WRONG = [                               # script, flags, regular expression of t
     (finetune, "--batch-size 25", "--batch-size 25 must be .* at most 24, the usable videos"),
     (pretrain, "--dataset ucf101 --data none", r"video folder none does not exist \(--data\)"),
     (pretrain, "--dataset toy --data empty", "empty is not the toy set: say with --dataset"),
+    (pretrain, "--dataset toy --data ucf", "ucf is not the toy set: say with --dataset"),
     (retrieval, "--gallery none", "the video folder none does not exist"),
     (pretrain, "--annotations none", r"no list trainlist01.txt in none .*\(--annotations\)"),
     (pretrain, "--dataset diving48 --split 2", "diving48 has one split, 1, but --split is 2"),

@@ -1,13 +1,16 @@
 """A run that is killed or stopped resumes bit for bit: equal weights on a CPU."""
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +26,13 @@ from conftest import (
     words,
 )
 
+import data
 import finetune
 import pretrain
 from common import UserError, splits, toy, training
 from common.distributed import run
-from common.training import Progress, locked, resume, save_file, trim_log
+from common.training import Progress, locked, resume, save_file
+from common.video import decode
 
 
 def same(one, other):
@@ -59,6 +64,8 @@ def test_a_killed_run_resumes_bit_for_bit_with_other_workers(
         assert load_checkpoint(tmp_path)["step"] == step - 1
     else:
         assert not (tmp_path / "checkpoint.pt").exists()
+    with open(tmp_path / "log.jsonl", "a") as log:      # a step that is taken again, half a line
+        log.write(f'{{"step": {step}}}\n{{"st')
     assert same(train(world, tmp_path, "--workers", 2), load_checkpoint(whole))
     losses = [[line["loss"] for line in log_lines(out)] for out in (tmp_path, whole)]
     assert losses[0] == losses[1]
@@ -74,14 +81,20 @@ def test_a_run_with_init_resumes_with_what_it_has_learned(world, whole, tmp_path
 
 
 def train_until_signalled(argv, number):
-    """The loader process gets the signal as well, as from a terminal."""
-    os.setpgrp()
-    after_step(4, lambda: os.killpg(0, number))
+    """The signal comes while the run waits for its fifth batch; the loader process gets it, too."""
+    def slow_decode(*args):
+        time.sleep(0.2 * (next(calls) >= 4 * 8))        # of eight videos a batch
+        return decode(*args)
+    calls = itertools.count()
+    data.decode = slow_decode
+    os.setpgrp()                                        # as terminals do
+    after_step(4, threading.Timer(0.15, os.killpg, [0, number]).start)
     run(lambda: pretrain.main(argv))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_saves_at_once_and_ends_in_a_sentence_below_the_bar(world, whole, tmp_path, name):
+def test_a_signal_saves_the_step_in_hand_and_ends_in_a_sentence_below_the_bar(
+        world, whole, tmp_path, name):
     argv = words(world, tmp_path, "--save-every", 1000, "--log-every", 1000, "--workers", 1)
     process = start(tmp_path / "printed", train_until_signalled, argv, signal.Signals[name])
     process.join(120)
@@ -89,8 +102,8 @@ def test_a_signal_saves_at_once_and_ends_in_a_sentence_below_the_bar(world, whol
     assert process.exitcode == 1
     # a bar that is not closed ends in no "\n"
     last = (tmp_path / "printed").read_text().split("\n")[-2]
-    assert last == f"{name}: saved step 4 of 9; the same command resumes"
-    assert load_checkpoint(tmp_path)["step"] == 4
+    assert last == f"{name}: saved step 5 of 9; the same command resumes"
+    assert load_checkpoint(tmp_path)["step"] == 5
     assert same(train(world, tmp_path), load_checkpoint(whole))
 
 
@@ -218,11 +231,13 @@ def test_a_run_resumes_only_with_arguments_and_processes_of_the_same_training(
         resume(out, args)
 
 
-def test_a_resumed_run_drops_the_log_after_its_step_and_a_line_that_is_cut(tmp_path):
-    file = tmp_path / "log.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    trim_log(file, 2)
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+def test_the_time_left_is_that_of_steps_since_the_start(tmp_path, monkeypatch):
+    clock = Mock(return_value=0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
+    with Progress(tmp_path, 4, 9, 3, 16, Namespace(log_every=1), torch.device("cpu")) as progress:
+        clock.return_value = 10
+        progress.log(5, 1e-3, loss=torch.ones(()))
+    assert log_lines(tmp_path)[0]["left_s"] == 40
 
 
 @pytest.mark.parametrize("gpu_has_work", [None, False, True])                   # None: no GPU

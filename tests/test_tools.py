@@ -1,12 +1,13 @@
 """The tools that draw: their pictures and numbers are those of the data."""
 import itertools
 import os
+from argparse import Namespace
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTHS, load_checkpoint
+from conftest import CPU, LENGTHS, load_checkpoint
 
 from common.splits import load_split, scan
 from data import MEAN, STD, Pairs, augment, collate
@@ -121,11 +122,12 @@ def test_the_curves_of_psi_equal_a_double_loop(encoded):
         key: pytest.approx((len(values), np.mean(values))) for key, values in wanted.items()}
 
 
-def test_psi_is_the_networks_own_in_eval_mode(whole):
-    file = whole / "checkpoint.pt"
-    checkpoint, clips = load_checkpoint(whole), torch.randn(4, 2, 3, 4, 16, 16)
-    network = TimeEquivariant("r3d18_narrow", checkpoint["args"]["losses"]).eval()
-    network.load_state_dict(checkpoint["model"])
-    with torch.no_grad():
-        x = psi.with_psi(load_backbone(file), file)(clips)["psi"]
-        torch.testing.assert_close(x, network(clips)["psi"])
+def test_psi_is_the_networks_own_in_eval_mode(whole, pairs, monkeypatch):
+    monkeypatch.setattr(psi, "GROUPS", 6)
+    state, file = load_checkpoint(whole), whole / "checkpoint.pt"
+    network = TimeEquivariant("r3d18_narrow", state["args"]["losses"])
+    network.load_state_dict(state["model"])
+    models = dict(a=network, b=psi.with_psi(load_backbone(file), file))
+    x = psi.encode(models, pairs, Namespace(workers=0, amp="off"), CPU)
+    torch.testing.assert_close(x["a"], x["b"])
+    assert not any(model.training for model in models.values())

@@ -49,7 +49,7 @@ def parse_args(argv=None):
 # ---- ψ of a checkpoint ----
 
 def with_psi(backbone, path):
-    """F and the ψ of checkpoint.pt -> TimeEquivariant in eval mode. UserError: there is no ψ."""
+    """F and the ψ of checkpoint.pt -> TimeEquivariant. UserError: there is no ψ."""
     _, state, _ = read_weights(path)
     psi = {key.removeprefix("heads.psi."): value for key, value in state.items()
            if key.startswith("heads.psi.")}
@@ -58,15 +58,17 @@ def with_psi(backbone, path):
     model = TimeEquivariant(backbone.arch, ["equi"])
     model.backbone = backbone
     fill(model.heads["psi"], psi, path)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()
 def encode(models, pairs, args, device):
-    """ψ of GROUPS groups (or what fills the last batch), drawn as in pre-training.
+    """ψ of GROUPS groups (or what fills the last batch), drawn as in pre-training, in eval mode.
 
     models: {network: F with ψ} -> {network: (N, D), label of `Pairs`: (N, ...)}
     """
+    for model in models.values():
+        model.eval()
     items = min(8, len(pairs))                                  # groups of a batch
     steps = -(-GROUPS // items)
     rows, loader = [], step_loader(pairs, items, 0, steps, args.workers)
@@ -190,7 +192,7 @@ def main(argv=None):
     _, device = init_distributed()
     network = load_network(args)
     models = dict(checkpoint=with_psi(network, args.checkpoint).to(device),
-                  random=TimeEquivariant(args.arch, ["equi"]).eval().to(device))
+                  random=TimeEquivariant(args.arch, ["equi"]).to(device))
 
     split, speeds = load_and_scan(args, args.split, "test"), network.args["speeds"]
     paths, report = usable(split, speeds[0] * (args.frames - 1) + 1)
