@@ -123,6 +123,9 @@ def test_accuracies_and_chance_levels_equal_loops():
                  direction=torch.randint(2, (6, 2)), order=torch.tensor([2, 2, 0, 0, 2, 2]))
     out = dict(phi=torch.randn(6, 2, 3), psi=torch.randn(6, 3), speed=torch.randn(6, 2, 4),
                direction=torch.randn(6, 2, 2), order=torch.randn(6, 3))
+    out["psi"][:, 0] += 3
+    out["psi"][0] = torch.tensor([-1, 0, 0])                # negative cosines; nearest is no match
+    out["psi"][2] = torch.tensor([0.1, 5, 0])
     logged = pretrain.scores(out, batch, batch | out)
 
     def accuracy(x, is_candidate, is_match):

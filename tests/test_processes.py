@@ -164,11 +164,6 @@ def test_no_loader_process_outlives_a_run():
 
 # ---- torchrun ----
 
-def torchrun(*argv, **options):
-    return subprocess.run([*TORCHRUN, *map(str, argv)], capture_output=True, text=True,
-                          timeout=300, **options)
-
-
 # pretrain.py, but rank 1 is killed once, after five steps
 KILLED_ONCE = """
 import os, pathlib, signal, sys
@@ -191,9 +186,10 @@ run(lambda: pretrain.main(sys.argv[1:]))
 def test_torchruns_restart_recovers_a_killed_worker(world, tmp_path):
     script, flag, out = tmp_path / "script.py", tmp_path / "flag", tmp_path / "out"
     script.write_text(KILLED_ONCE.format(folders=[str(ROOT), str(ROOT / "tests")], flag=str(flag)))
-    done = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", script,
-                    *words(world, out, "--workers", 1),
-                    env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+    flags = "--standalone", "--nproc_per_node=2", "--max-restarts=1"
+    done = subprocess.run(
+        [*TORCHRUN, *flags, script, *words(world, out, "--workers", 1)], capture_output=True,
+        text=True, timeout=300, env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     assert done.returncode == 0 and flag.exists(), done.stderr[-3000:]
     assert "starts at step 0 of 9" in done.stderr and "resumes at step 4 of 9" in done.stderr
     assert load_checkpoint(out)["step"] == STEPS
