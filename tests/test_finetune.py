@@ -140,6 +140,8 @@ def test_several_splits_are_averaged_and_finished_ones_are_kept(world, checkpoin
     result = tune(world, checkpoint, tmp_path, "--split", 1, 2)
     assert (tmp_path / RUN / "checkpoint.pt").read_bytes() == before
     assert result["splits"][0] == tuned[1]["splits"][0]
+    assert [(row["split"], row["path"]) for row in read_rows(tmp_path / PREDICTIONS)] == [
+        (number, path) for number in (1, 2) for path in official(number, "test")]
     assert [split["split"] for split in result["splits"]] == [1, 2]
     assert [split["test"]["expected"] for split in result["splits"]] == [9, 12]
     top1 = [split["checkpoint"]["top1"] for split in result["splits"]]
