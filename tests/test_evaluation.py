@@ -270,6 +270,7 @@ def test_two_processes_give_the_numbers_of_one(
     assert rows == read_rows(tmp_path / "predictions.jsonl") and len(rows) == 35
     assert [row["path"] for row in rows if "problem" in row] == ["y.avi", "z.avi"]
     predicted = {row["path"]: row.get("probabilities") for row in rows}
+    assert len({tuple(values.values()) for values in predicted.values() if values}) > 27
     for row in read_rows(tmp_path / "finetune-ucf101-2x-predictions.jsonl"):
         assert row["probabilities"] == predicted[row["path"]]           # the test ran on two, too
 

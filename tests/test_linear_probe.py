@@ -120,8 +120,7 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
     assert result["C"] == pytest.approx(max(accuracy, key=accuracy.get))
 
 
-def test_C_auto_with_workers_ends_without_an_error(
-        world, checkpoint, tmp_path):
+def test_C_auto_with_workers_ends_without_an_error(world, checkpoint, tmp_path):
     argv = evaluation_words(world, checkpoint, tmp_path, "--C", "auto", "--workers", 2)
     done = subprocess.run([sys.executable, linear_probe.__file__, *argv], timeout=240,
                           capture_output=True, text=True)

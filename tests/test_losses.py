@@ -1,5 +1,6 @@
 """The losses equal loops over the equations of the paper, in value and gradient."""
 import inspect
+import math
 
 import pytest
 import torch
@@ -121,6 +122,17 @@ def test_under_autocast_the_loss_is_that_of_the_rounded_features_in_float32(loss
         value = loss(x, *ids)
         assert (x @ x.T).dtype == torch.bfloat16                # autocast is at work here
     assert value.dtype == torch.float32 and torch.equal(value, loss(x.float(), *ids))
+
+
+@every
+def test_an_anchor_without_a_positive_or_a_feature_that_is_not_finite_gives_nan(loss, ids):
+    alone = ids.clone()
+    alone[:, -1] = 99
+    assert loss(features(), *alone).isnan()
+    for bad in (math.nan, math.inf):
+        broken = features()
+        broken.data[5, 2] = bad
+        assert loss(features(), *ids, keys=(broken, *ids)).isnan()
 
 
 # ---- Keys: the batch of all processes ----

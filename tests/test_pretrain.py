@@ -84,7 +84,7 @@ def test_a_run_equals_a_plain_loop_over_the_equations(world, tmp_path, used_rate
 
 # ---- What it learns ----
 
-def ramp(rng, n=80, side=32):
+def ramp(rng, n=120, side=32):
     """A texture that brightens steadily -> uint8 (n, side, side, 3)
 
     Direction is the sign of the change, speed its size, order the brightness.
@@ -102,16 +102,15 @@ def test_speed_direction_and_order_are_learned_unless_frames_are_shuffled(tmp_pa
         frames = rng.permutation(frames) if shuffled else frames
         write_video(tmp_path / "videos" / f"{k}.avi", frames, **SHARP)
     train(tmp_path, tmp_path / "out", "--dataset", "folder", "--data", tmp_path / "videos",
-          "--frames", 8, "--losses", "speed", "direction", "order", "--speeds", 1, 2, 4,
-          "--epochs", 24, "--batch-size", 12, "--lr", 5e-3, "--warmup-epochs", 2)
-    speed, direction, order, chance = (
-        np.mean([line[name] for line in log_lines(tmp_path / "out")[-48:]]) for name in (
-            "speed_acc", "direction_acc", "order_acc", "order_chance"))
-    # of three seeds: 0.56 to 0.63, 0.92 to 0.93, 0.19 to 0.25; shuffled: 0.33 to 0.36, 0.50 to 0.53
+          "--frames", 8, "--losses", "speed", "direction", "order", "--epochs", 30,
+          "--batch-size", 12, "--lr", 5e-3, "--warmup-epochs", 2, "--save-every", 1000)
+    log = log_lines(tmp_path / "out")[-50:]
+    speed, direction, order, chance = (np.mean([line[name] for line in log]) for name in (
+        "speed_acc", "direction_acc", "order_acc", "order_chance"))
     if shuffled:
-        assert speed < 0.45 and direction < 0.6             # chance is 0.37 and 0.5
+        assert speed < 0.35 and direction < 0.6
     else:
-        assert speed > 0.48 and direction > 0.8 and order > chance + 0.08
+        assert speed > 0.45 and direction > 0.9 and order > chance + 0.1
 
 
 # ---- What it logs ----

@@ -1,6 +1,7 @@
-"""A run that is killed or stopped resumes bit for bit: equal weights on a CPU."""
+"""A run that is killed, stopped or out of disk resumes bit for bit: equal weights on a CPU."""
 import itertools
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,18 @@ def test_a_second_run_into_an_out_is_refused_until_the_first_ends(
 
 
 # ---- Checkpoints ----
+
+def test_a_full_disk_keeps_the_checkpoint_before(world, whole, tmp_path, at_step):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard)))
+    try:
+        with pytest.raises((OSError, RuntimeError)):    # the kernel cuts files at 200 kB
+            train(world, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path)["step"] == 4
+    assert same(train(world, tmp_path), load_checkpoint(whole))
+
 
 class Killed(BaseException):
     pass
