@@ -1,8 +1,10 @@
 """What the three evaluations have in common: crops, averages, features, counts, result files."""
+import contextlib
 import hashlib
 import json
 import shutil
 from argparse import Namespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -69,6 +71,10 @@ def test_the_average_over_crops_equals_the_average_of_single_crops(world, crops,
         torch.testing.assert_close(averages[v], mean, rtol=1e-5, atol=1e-6)
 
 
+class Stopped(Exception):
+    """Raised before the first backward pass, which on CPUs gives NaN in bf16 now and then."""
+
+
 @pytest.mark.parametrize("amp, dtype", [("off", None), ("bf16", torch.bfloat16)])
 @pytest.mark.parametrize("script, more", [
     (pretrain, ("--epochs", 1)), (pretrain, ("--epochs", 1, "--accumulate", 2)),
@@ -86,8 +92,10 @@ def test_the_network_computes_in_the_precision_of_amp(
     argv = evaluation_words(world, checkpoint, tmp_path, *more)
     if script is pretrain:
         argv = words(world, tmp_path, *more)
+    monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=Stopped))
     with torch.nn.modules.module.register_module_forward_pre_hook(note_precision):
-        script.main(argv)
+        with contextlib.suppress(Stopped):
+            script.main(argv)
     assert used == {dtype}
 
 
