@@ -3,6 +3,7 @@
 Shapes: B videos, n = 2 clips p and q, T frames, H x W pixels; frames are uint8 RGB.
 """
 import functools
+import hashlib
 import os
 import random
 import warnings
@@ -175,12 +176,16 @@ def epoch_order(seed, epoch, videos):
 class Videos(torch.utils.data.Dataset):
     """Videos of a scanned split, in flat arrays that loader processes share without copying.
 
-    files: (V,) bytes; shapes: (V, 3) frames, height, width, all zero for a failed video.
+    files: (V,) bytes; shapes: (V, 3) frames, height, width, all zero for a failed video; identity:
+    what must be the same when a run resumes, whatever the folder.
     """
 
     def __init__(self, split, paths):
         self.files = np.array([os.fsencode(split.files.get(path, "")) for path in paths])
         self.shapes = np.array([split.shapes.get(path, (0, 0, 0)) for path in paths])
+        names = repr([(path, split.shapes.get(path, [0])[0]) for path in paths]).encode()
+        self.identity = dict(
+            videos=len(paths), names_and_frames=hashlib.sha256(names).hexdigest()[:8])
 
     def __len__(self):
         return len(self.files)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from common import UserError
+from common import UserError, write_json
 from common.distributed import (
     data_parallel,
     init_distributed,
@@ -41,9 +41,9 @@ from common.evaluation import (
     print_counts,
     result_folder,
     write_accuracy,
-    write_rows,
 )
 from common.flags import (
+    check_batch_size,
     evaluation_parser,
     fill_defaults,
     finetune_defaults,
@@ -82,10 +82,8 @@ def training_clips(args, split):
     _, world = rank_and_world()
     paths, report = usable(split, T=1)                      # short videos repeat their last frame
     print(report, file=sys.stderr)
-    if args.batch_size % world or args.batch_size < 2 * world or args.batch_size > len(paths):
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {world} "
-                        f"process(es), with at least two videos each (BatchNorm), and at most "
-                        f"{len(paths)}, the usable videos")
+    check_batch_size(args.batch_size, world, 2 * world, f"{world} process(es), two videos each for "
+                     "BatchNorm", len(paths))
     return Clips(split, paths, args.frames, args.size, args.step, args.seed)
 
 
@@ -98,6 +96,7 @@ def train(network, clips, args, trained_with, folder, device):
                       fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
+    trained_with = trained_with | clips.identity
     step = resume(folder, trained_with, **state)
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_per_epoch), steps, step)
     if step == steps:
@@ -181,7 +180,7 @@ def predict(args, rank, device):
         return
     file = result_folder(args, trained["arch"]) / "predictions.jsonl"
     rows = predictions(split, scores, failed, trained["classes"], "probabilities")
-    write_rows(file, rows)
+    write_json(file, *rows)
     print_counts(counts(split, failed), "have no prediction")
     top = Counter(row["predicted"] for row in rows if row["predicted"]).most_common(5)
     print(f"most frequent: {', '.join(f'{name} ({n})' for name, n in top)} ({file})")
@@ -193,6 +192,7 @@ def main(argv=None):
     if args.predict:
         predict(args, rank, device)
         return
+    load_network(args)                                      # fails before a scan of hours
     parts = load_parts(args, ("train", "test"))
     for pair in parts:
         check_test(*pair)

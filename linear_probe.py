@@ -8,12 +8,15 @@ Features are averaged over windows and crops and standardised by the training se
 Writes OUT/linear_probe-DATASET.json and OUT/linear_probe-DATASET-predictions.jsonl, one line per
 test video. Unreadable test videos count as errors and are named.
 """
+from collections import Counter
+
 import numpy as np
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from common import UserError
 from common.distributed import init_distributed, run
 from common.evaluation import (
     counts,
@@ -36,10 +39,19 @@ def parse_args(argv=None):
     parser = evaluation_parser(__doc__)
     parser.add_argument_group("classifier").add_argument(
         "--C", type=positive_float_or_auto, default=1e-3,
-        help="the SVM's C (paper silent), or auto: the best of 1e-5 ... 1e-1 in 5-fold "
-        "cross-validation on the training set, with clips of one source video kept together")
+        help="the SVM's C (paper silent), or auto: the best of 1e-5 ... 1e-1 in cross-validation "
+        "on the training set, 5-fold if it allows, with clips of one source video kept together")
     args = parser.parse_args(argv)
     return fill_defaults(parser, args, {})
+
+
+def count_folds(y, groups):
+    """Folds of --C auto: 5, or as many as the smallest class has groups. UserError: fewer than 2"""
+    fewest = min(Counter(label for label, _ in set(zip(y, groups))).values())
+    if fewest < 2:
+        raise UserError("--C auto cross-validates, which takes two source videos of each class, "
+                        "but one has one: give a number, such as --C 1e-3")
+    return min(5, fewest)
 
 
 def fit_svm(x, y, C=1e-3, groups=None, seed=0, jobs=1):
@@ -50,7 +62,7 @@ def fit_svm(x, y, C=1e-3, groups=None, seed=0, jobs=1):
     svm = make_pipeline(StandardScaler(), LinearSVC(C=1e-3 if C == "auto" else C, dual="auto",
                                                     random_state=seed, max_iter=10000))
     if C == "auto":
-        folds = StratifiedGroupKFold(min(5, len(set(groups))))
+        folds = StratifiedGroupKFold(count_folds(y, groups))
         svm = GridSearchCV(svm, {"linearsvc__C": 10.0 ** np.arange(-5, 0)}, cv=folds, n_jobs=jobs)
         return svm.fit(x, y, groups=groups).best_estimator_
     return svm.fit(x, y)
@@ -88,6 +100,10 @@ def main(argv=None):
     parts = load_parts(args, ("train", "test"))
     for train, test in parts:
         check_test(train, test)
+        if args.C == "auto":
+            good = [k for k, path in enumerate(train.paths) if path not in train.failed]
+            groups = sources(args.dataset, train.paths)
+            count_folds([train.labels[k] for k in good], [groups[k] for k in good])
     features = [[extract(networks, split, args, device) for split in pair] for pair in parts]
     if rank:
         return

@@ -7,6 +7,7 @@
 Writes OUT/log.jsonl, OUT/checkpoint.pt (the same command resumes from it) and OUT/backbone.pt.
 """
 import contextlib
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from common.distributed import (
     run,
 )
 from common.flags import (
+    check_batch_size,
     default_arch,
     fill_defaults,
     non_negative_int,
@@ -36,7 +38,7 @@ from common.flags import (
     pretraining_parser,
     table_of_defaults,
 )
-from common.splits import load_and_scan, usable
+from common.splits import check_test, load_and_scan, load_split, usable
 from common.training import (
     Progress,
     autocast,
@@ -90,6 +92,23 @@ def parse_args(argv=None):
     return args
 
 
+def try_flags(args, device):
+    """UserError, before a scan of hours: what --init, --sync-bn, --tensorboard or --compile needs
+    is not there.
+    """
+    if args.init:
+        load_backbone(args.init, args.arch)
+    if args.sync_bn and device.type == "cpu":
+        raise UserError("--sync-bn needs a GPU")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    if args.compile:
+        try:
+            torch.compile(lambda x: x.sin())(torch.ones(1, device=device))
+        except RuntimeError as error:
+            raise UserError(f"--compile fails here: {str(error).splitlines()[0]}") from None
+
+
 # ---- Data ----
 
 def prepare(args):
@@ -99,10 +118,8 @@ def prepare(args):
     paths, report = usable(split, args.speeds[0] * (args.frames - 1) + 1)   # of the slowest clip
     print(report, file=sys.stderr)
     unit = 2 * world * args.accumulate
-    if args.batch_size % unit or args.batch_size > len(paths):
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {unit} (groups of 2 "
-                        f"videos, {world} process(es), {args.accumulate} part(s)) and at most "
-                        f"{len(paths)}, the usable videos")
+    check_batch_size(args.batch_size, unit, unit, f"groups of 2 videos, {world} process(es), "
+                     f"{args.accumulate} part(s)", len(paths))
     clips = 4 if "distinct" in args.losses else 2
     return Pairs(split, paths, args.frames, args.size, args.speeds, args.seed, args.equivariance,
                  clips)
@@ -239,7 +256,8 @@ def train(args, pairs, device):
 
     # Resume
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    step = resume(folder, vars(args), **state)
+    trained_with = vars(args) | pairs.identity
+    step = resume(folder, trained_with, **state)
     if args.init and step == 0:
         model.backbone.load_state_dict(load_backbone(args.init, args.arch).state_dict())
     schedule = warmup_cosine(optimizer, round(args.warmup_epochs * steps_per_epoch), steps, step)
@@ -273,7 +291,7 @@ def train(args, pairs, device):
             if progress.save_due(step):
                 check_finite(model, step)
                 save_backbone(folder / "backbone.pt", model, args)
-                save(folder, vars(args), step, **state)
+                save(folder, trained_with, step, **state)
             if args.keep_every and step % args.keep_every == 0 and rank == 0:
                 save_backbone(folder / f"backbone-{step}.pt", model, args)
 
@@ -284,12 +302,16 @@ def save_backbone(file, model, args):
 
 
 def next_command(args):
-    """What to type next: the linear probe, or neighbours where there are no official lists."""
+    """What to type next: the linear probe, or neighbours where own videos are not ready for it."""
     words = ["linear_probe.py"]
-    if args.dataset in ("kinetics400", "folder"):
-        words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
-    elif (args.dataset, args.data) != ("toy", "toy-videos"):
+    if (args.dataset, args.data) != ("toy", "toy-videos"):
         words += ["--dataset", args.dataset, "--data", args.data]
+    if args.dataset in ("kinetics400", "folder"):
+        try:
+            parts = [load_split(args.dataset, args.data, part=part) for part in ("train", "test")]
+            check_test(*parts)
+        except UserError:
+            words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
     if args.split != 1:
         words += ["--split", str(args.split)]
     for name in ("annotations", "index"):
@@ -300,11 +322,13 @@ def next_command(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    _, device = init_distributed()
+    rank, device = init_distributed()
+    try_flags(args, device)
     torch.manual_seed(args.seed)
     with locked(Path(args.out)):
         train(args, on_rank0(prepare, args), device)
-    print(f"next: {next_command(args)}")
+    if rank == 0:
+        print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

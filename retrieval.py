@@ -8,10 +8,12 @@
 Cosine similarity; queries are the test videos, the gallery is the training set (Sec. 4.2). R@k is
 the fraction of queries with a video of the same class among the k nearest; 1-NN accuracy is R@1.
 Unreadable queries count as errors. Writes OUT/retrieval-DATASET.json; with own folders, in class
-folders or not, it names the nearest videos of each query. A query's own file is not its neighbour,
-so --gallery and --query may be one folder.
+folders or not, it names the nearest videos of each query, and OUT/features.npz is written, from
+which tools/neighbours.py draws them. A query's own file is not its neighbour, so --gallery and
+--query may be one folder.
 """
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from common.evaluation import (
     load_networks,
     load_parts,
     print_counts,
+    result_folder,
     with_random,
     write_result,
 )
@@ -40,7 +43,8 @@ def parse_args(argv=None):
     add("--gallery", default="train", help="train, test, or a folder to search in (Table 3)")
     add("--query", default="test", help="train, test, or a folder to search for (Table 3)")
     add("--k", type=positive_int, nargs="+", default=[1, 5, 10, 20], help="the k of R@k (Table 3)")
-    add("--features", metavar="FILE.npz", help="write features, paths, classes, neighbours here")
+    add("--features", metavar="FILE.npz", help="write features, paths, classes, neighbours here "
+        "(own folders: by default features.npz in the folder of the results)")
     args = parser.parse_args(argv)
     args.k = sorted(set(args.k))
     if not PARTS & {args.gallery, args.query}:                  # both are folders
@@ -175,12 +179,19 @@ def print_results(args, results, mean, file):
     for result in results:
         print_counts(result["gallery"], "are left out")
         print_counts(result["query"], "count as errors" if mean else "are left out")
-    remark = "" if mean else ": no classes, so no R@k"
-    print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))}{remark} ({file})")
+    print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))} ({file})")
     for k in mean.get("chance", ()):
         figures = {name: mean[name][k] for name in mean if name != "chance"}
         also = " = 1-NN accuracy" if k == "R@1" else ""
         print(f"  {k}{also}: {with_random(figures, mean['chance'][k])}")
+    if not mean:
+        print("  no classes, so no R@k; the nearest of the first queries, with cosines:")
+        for query, nearest in list(results[0]["neighbours"].items())[:3]:
+            names = (f"{path} {cosine:.2f}" for path, cosine in list(nearest.items())[:3])
+            print(f"  {query}: {', '.join(names)}")
+    if args.features:
+        print(f"features: {args.features}; next: python tools/neighbours.py "
+              f"{shlex.quote(args.features)} --out neighbours.png")
 
 
 def main(argv=None):
@@ -201,6 +212,8 @@ def main(argv=None):
     # Neighbours
     results, first = [], next(iter(networks))                   # the checkpoint, if there is one
     own = args.dataset == "folder" or not {args.gallery, args.query} <= PARTS
+    if own and not args.features:
+        args.features = f"{result_folder(args, networks[first].arch)}/features.npz"
     for number, pair in zip(args.split, features):
         gallery, query = map(readable, pair)
         expected = len(pair[1].split.paths)

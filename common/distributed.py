@@ -13,6 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT
+
+
+def torchrun(name, default=0):
+    """A number in torchrun's environment. Without RANK there is no torchrun, whatever else is set:
+    templates of Slurm and Kubeflow export WORLD_SIZE alone.
+    """
+    return int(os.environ.get(name, default)) if "RANK" in os.environ else default
+
 
 def init_distributed():
     """Join torchrun's process group if there is one -> rank, device
@@ -20,9 +29,9 @@ def init_distributed():
     NCCL for GPU tensors, gloo for CPU tensors, so that those never wait for a GPU.
     """
     cuda = torch.cuda.is_available()
-    rank, device = int(os.environ.get("RANK", 0)), torch.device("cpu")
+    rank, device = torchrun("RANK"), torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", torchrun("LOCAL_RANK"))
         torch.cuda.set_device(device)
         # Clip shapes are fixed, so let cuDNN benchmark its algorithms. TF32 is torch's default for
         # convolutions; matrix products stay float32, since Eq. 2 turns an error of 1e-3 into 1e-2.
@@ -123,7 +132,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()                    # after an error it could wait for ever
     except UserError as error:
-        sys.exit(1 if int(os.environ.get("LOCAL_RANK", 0)) else f"{script}: error: {error}")
+        sys.exit(1 if torchrun("LOCAL_RANK") else f"{script}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted")
     finally:
@@ -132,8 +141,16 @@ def run(main):
 
 def ignore_signals(worker):
     """In loader processes, ignore signals that are sent to the whole group."""
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt_on_signals():
+    """In a tool, SIGTERM and a terminal that closes act as Ctrl-C, unless nohup ignores the latter.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def end_loader_processes():

@@ -1,5 +1,4 @@
 """Evaluate F: crops and their averages (Sec. 3.4), features of a split, and the result file."""
-import json
 import platform
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ import torchvision
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import UserError, write_text
+from common import UserError, write_json
 from common.distributed import gather_objects, ignore_signals, on_rank0, rank_and_world
 from common.flags import default_arch, paper_defaults
 from common.splits import Split, listed, load_and_scan
@@ -65,14 +64,15 @@ def average_crops(network, split, args, device, softmax=False):
         num_workers=args.workers, worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available())
     outputs, failed = {}, {}
-    for v, clips, reason in tqdm(videos, split.title, unit="video", disable=rank > 0):
-        if reason:
-            failed[v] = reason
-            continue
-        clips = normalise(views_of(clips.to(device, non_blocking=True), args.size, args.crops))
-        with autocast(args.amp, device):
-            output = network(clips).float()                     # (C * W, K)
-        outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()       # (K,)
+    with tqdm(videos, split.title, unit="video", disable=rank > 0) as bar:
+        for v, clips, reason in bar:
+            if reason:
+                failed[v] = reason
+                continue
+            clips = normalise(views_of(clips.to(device, non_blocking=True), args.size, args.crops))
+            with autocast(args.amp, device):
+                output = network(clips).float()                 # (C * W, K)
+            outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
     for others, reasons in gather_objects((outputs, failed)):
         outputs |= others
         failed |= reasons
@@ -210,13 +210,8 @@ def write_result(args, name, network, **result):
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         versions=dict(python=platform.python_version()) | versions)
     file = result_folder(args, network.arch) / f"{name}.json"
-    write_text(file, json.dumps(result, indent=1, allow_nan=False))
+    write_json(file, result, indent=1)
     return file
-
-
-def write_rows(file, rows):
-    """Write one JSON object per line."""
-    write_text(file, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
 
 
 def write_accuracy(args, classifier, name, backbone, results, rows):
@@ -230,7 +225,7 @@ def write_accuracy(args, classifier, name, backbone, results, rows):
             for network in networks}
     chance = float(np.mean([result["chance"] for result in results]))
     file = write_result(args, name, backbone, top1=top1, chance=chance, splits=results)
-    write_rows(file.with_name(f"{name}-predictions.jsonl"), rows)
+    write_json(file.with_name(f"{name}-predictions.jsonl"), *rows)
     for result in results:
         print_counts(result["train"], "are left out")
         print_counts(result["test"], "count as errors")

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from common import UserError
+from common.distributed import torchrun
 from common.training import AMP, default_amp
 from models import BACKBONES
 
@@ -15,6 +17,16 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusal is a UserError: one sentence, which rank 0 alone prints."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def paper_defaults(dataset, arch):
@@ -58,7 +70,7 @@ def usable_cores():
 
 def default_workers():
     """Loader processes per process, at most 16; without a GPU, leave one core to train."""
-    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = usable_cores() // torchrun("LOCAL_WORLD_SIZE", 1)
     return min(16, max(1, cores if torch.cuda.is_available() else cores - 1))
 
 
@@ -84,7 +96,7 @@ non_negative_float = number(float, 0, "non_negative_float")
 
 def shared_parser(doc):
     """The flags of all four stages; those whose default is None take it from `paper_defaults`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser(doc)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="toy", help="toy is generated on first use")
     add("--data", help="folder of the videos")
@@ -138,7 +150,8 @@ def optimisation_flags(parser):
     add("--batch-size", type=positive_int, help="videos over all processes (Sec. 4.1, 4.2)")
     add("--lr", type=positive_float, help="peak learning rate (Sec. 3.4)")
     add("--weight-decay", type=non_negative_float, default=1e-4, help="AdamW's (Sec. 3.4)")
-    add("--warmup-epochs", type=non_negative_float, help="epochs of linear warm-up (paper silent)")
+    add("--warmup-epochs", type=non_negative_float, help="epochs of linear warm-up, by default "
+        "at most a tenth of --epochs (paper silent)")
     add("--log-every", type=positive_int, default=10, metavar="STEPS",
         help="steps between lines of the log")
     add("--save-every", type=non_negative_float, default=60, metavar="SECONDS",
@@ -159,7 +172,11 @@ def fill_defaults(parser, args, defaults):
     """Give the flags that were not given the data set's values; check what needs several flags."""
     for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            # paper silent: a short run must not end in its warm-up
+            setattr(args, name, min(value, args.epochs / 10) if name == "warmup_epochs" else value)
+    if "warmup_epochs" in defaults and args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run, --epochs "
+                     f"{args.epochs}")
     if args.data is None and args.dataset == "toy":
         args.data = "toy-videos"
     if args.data is None:
@@ -167,3 +184,13 @@ def fill_defaults(parser, args, defaults):
     if args.dataset not in ("toy", "ucf101", "hmdb51") and args.split not in (1, [1]):
         parser.error(f"--dataset {args.dataset} has one split, 1, but --split is {args.split}")
     return args
+
+
+def check_batch_size(size, unit, least, why, videos):
+    """UserError, with a size that works: not a multiple of `unit`, below `least`, too large."""
+    largest = min(max(size, least), videos) // unit * unit
+    if size == largest >= least:
+        return
+    advice = f"give --batch-size {largest}" if largest >= least else "these are too few"
+    raise UserError(f"--batch-size {size} must be a multiple of {unit} ({why}), at least {least}, "
+                    f"and at most {videos}, the usable videos: {advice}")

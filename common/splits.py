@@ -3,21 +3,22 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, write_text
+from common import UserError, write_json, write_text
 from common.toy import make_toy
 from common.video import probe
 
 MAX_BAD = 0.05                                                  # failed fraction that stops a run
-SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
-            ".gif", ".3gp"}
+SUFFIXES = set(".avi .divx .mp4 .m4v .mov .3gp .3g2 .mkv .webm .mpg .mpeg .vob .ts .mts .m2ts .mxf "
+               ".wmv .asf .flv .f4v .ogv .gif".split())
 # title of a split -> published number of its videos; Kinetics: Sec. 4
 PUBLISHED = {
     "ucf101 train split 1": 9537, "ucf101 test split 1": 3783,
@@ -39,7 +40,8 @@ class Split:
     """Videos of a data set.
 
     paths are relative to root; labels index classes (None: unlabelled).
-    failed has the missing videos, and after the scan the undecodable ones too.
+    failed has the missing videos, and after the scan the undecodable ones too. notes: sentences on
+    what was left out, which the scan prints.
     """
     title: str
     root: Path
@@ -49,6 +51,7 @@ class Split:
     files: dict                                                 # path -> existing file
     shapes: dict = field(default_factory=dict)                  # path -> frames, height, width
     failed: dict = field(default_factory=dict)                  # path -> reason
+    notes: list = field(default_factory=list)
 
 
 # ---- Official lists: root, folder of the lists, split, "train" or "test" -> rows, classes ----
@@ -109,54 +112,111 @@ def read_lines(file):
 
 # ---- Folders ----
 
+def hidden(name):
+    """Whether a name is of trash, thumbnails, checkpoints of notebooks and so on."""
+    return name.startswith((".", "@"))
+
+
 def walk(root):
     """Yield each folder below root, following links -> its relative path, those of its files.
 
-    OSError: a folder cannot be read.
+    Hidden ones are left out. OSError: a folder cannot be read.
     """
     def stop(error):
         raise error                                             # os.walk would skip the folder
 
-    for folder, _, names in os.walk(root, onerror=stop, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if not hidden(name)]
         below = os.path.relpath(folder, root)
-        yield below, [os.path.normpath(os.path.join(below, name)) for name in names]
+        shown = [name for name in names if not hidden(name)]
+        yield below, [os.path.normpath(os.path.join(below, name)) for name in shown]
 
 
 def is_video(path):
-    name = os.path.basename(path)
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._")  # of macOS
+    return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
-def find_videos(root):
-    """Find all videos below a folder, following links -> sorted relative paths."""
-    return sorted(path for _, paths in walk(root) for path in paths if is_video(path))
+def find_files(root):
+    """Find all files below a folder -> sorted relative paths of videos, by suffix, and of others"""
+    paths = sorted(path for _, paths in walk(root) for path in paths)
+    return [list(filter(is_video, paths)), [path for path in paths if not is_video(path)]]
 
 
 def own_folder(dataset, root, part):
-    """Load DATA/train/CLASS/FILE or DATA/val (or test)/CLASS/FILE, with train's classes -> Split
+    """Load one part of DATA/train/CLASS/FILE and DATA/val/CLASS/FILE, with train's classes -> Split
 
-    Without DATA/train, either part is all videos below DATA.
+    Without such parts (see `own_parts`), either is all videos below DATA.
     """
-    if not (root / "train").is_dir():
+    training, testing = own_parts(root)
+    if not training:
         return labelled_folder(dataset, root)
-    train = labelled_folder(f"{dataset} train", root / "train")
+    train = labelled_folder(f"{dataset} {training}", root / training)
+    train.notes.insert(0, f"{root}: only {training} is for training")
     if part == "train":
         return train
-    folder = root / "val" if (root / "val").is_dir() else root / "test"
-    return labelled_folder(f"{dataset} {folder.name}", folder, train.classes)
+    if not testing:
+        raise UserError(f"{root} has no folder val or test, only {training}")
+    return labelled_folder(f"{dataset} {testing}", root / testing, train.classes)
+
+
+def own_parts(root):
+    """Find the folders of training and of test videos in a folder -> their names, "" for none.
+
+    Training: "train", or what is called "videos_train", "Training" or the like and has a class, a
+    sub-folder, in common with another. Test: what is called "val", "test" or the like.
+    UserError: folders have the same sub-folders, and which is for training is not clear.
+    """
+    inside = {name: subfolders(root / name) for name in sorted(subfolders(root))}
+    train = ["train"] if "train" in inside else [
+        name for name in inside if called("train", name)
+        and any(inside[name] & inside[other] for other in inside if other != name)]
+    alike = [name for name in inside
+             if any(inside[name] == inside[other] for other in inside if other != name)
+             and inside[name]]
+    if len(train) > 1 or alike and not train:
+        one, two, *_ = train or alike
+        raise UserError(f"{root}: {one} and {two} have the same sub-folders, like the parts of a "
+                        'data set: call the one for training "train"')
+    if len(inside) == 1 and "train" in inside[(only := next(iter(inside)))]:
+        raise UserError(f"{root} has one folder, and that has train: give --data {root / only}")
+    test = [name for word in ("val", "test") for name in inside
+            if called(word, name) and name not in train]
+    return (*train, "")[0], (*test, "")[0]
+
+
+def called(word, name):
+    """Whether a folder's name has the word, or a longer one that begins so."""
+    return re.search(f"(?<![a-z]){word}", name.lower())
+
+
+def subfolders(folder):
+    """Names of the folders in a folder"""
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)}
 
 
 def labelled_folder(title, root, classes=None):
     """Load all videos below a folder -> Split
 
-    Labels are the class folders, if there are two or more and every video is in one.
+    Labels are the class folders, if there are two or more and every video is in one. classes: those
+    of training. UserError: there is no video, or one of no class.
     """
-    paths = find_videos(root)
+    paths, others = find_files(root)
+    if not paths:
+        raise UserError(f"{title}: no videos in {root}")
     names = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
     if classes is None:
         classes = [] if "" in names or len(set(names)) < 2 else sorted(set(names))
+    elif classes and not set(names) <= set(classes):
+        path = next(path for path, name in zip(paths, names) if name not in classes)
+        raise UserError(f"{title}: {root / path} is in no class folder of training")
     labels = [classes.index(name) if classes else None for name in names]
-    return Split(title, root, paths, labels, classes, {path: root / path for path in paths})
+    files = {path: root / path for path in paths if (root / path).is_file()}
+    failed = {path: "not a regular file" for path in paths if path not in files}
+    split = Split(title, root, paths, labels, classes, files, failed=failed)
+    if others:
+        split.notes.append(f"{title}: {len(others)} files without a video's suffix are left out, "
+                           f"the first: {others[0]}")
+    return split
 
 
 # ---- A split of a data set ----
@@ -167,26 +227,36 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     data: folder of the videos
     annotations: folder of the official lists; None: in data or its parent
     Letter case is ignored, since UCF101 spells HandstandPushups in two ways.
-    UserError: a folder or list is missing, or more than MAX_BAD of the videos are.
+    UserError: a folder or list is missing, or the videos are one folder further down.
     """
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"the video folder {root} does not exist (--data)")
     if dataset not in LISTS:
-        result = own_folder(dataset, root, part)
-    else:
-        rows, classes = LISTS[dataset](root, annotations, split, part)
-        if (root / "rgb").is_dir():                             # Diving48
-            root = root / "rgb"
-        place = {name.lower(): k for k, name in enumerate(classes)}
-        paths = [path for path, _ in rows]
-        labels = [place[name.lower()] for _, name in rows]
-        existing = {path.lower(): root / path for path in find_videos(root)}
-        files = {path: existing[path.lower()] for path in paths if path.lower() in existing}
-        result = Split(f"{dataset} {part} split {split}", root, paths, labels, classes, files)
-    result.failed = {path: "not found" for path in result.paths if path not in result.files}
-    check_failed(result)
-    return result
+        return own_folder(dataset, root, part)
+    rows, classes = LISTS[dataset](root, annotations, split, part)
+    if (root / "rgb").is_dir():                                 # Diving48
+        root = root / "rgb"
+    place = {name.lower(): k for k, name in enumerate(classes)}
+    paths = [path for path, _ in rows]
+    labels = [place[name.lower()] for _, name in rows]
+    videos = [path for path in find_files(root)[0] if (root / path).is_file()]
+    existing = {path.lower(): root / path for path in videos}
+    files = {path: existing[path.lower()] for path in paths if path.lower() in existing}
+    title = f"{dataset} {part} split {split}"
+    for parent in () if files else folders_of(videos, paths):
+        raise UserError(f"{title}: the videos are in a folder below: give --data {root / parent}")
+    failed = {path: "not found" for path in paths if path not in files}
+    return Split(title, root, paths, labels, classes, files, failed=failed)
+
+
+def folders_of(videos, paths):
+    """Yield the folders below which paths of a list lie in a longer path."""
+    names = {path.lower() for path in paths}
+    for video in map(Path, videos):
+        for parent in video.parents:
+            if str(video.relative_to(parent)).lower() in names:
+                yield parent
 
 
 def load_and_scan(args, number, part):
@@ -195,21 +265,30 @@ def load_and_scan(args, number, part):
         make_toy(args.data)
     if part in ("train", "test"):
         split = load_split(args.dataset, args.data, args.annotations, number, part)
-        check_failed(scan(split, args.index, args.workers))
+        check_failed(split, args.index)                         # before a scan of hours
+        check_failed(scan(split, args.index, args.workers), args.index)
     else:
         split = scan(load_split("folder", part), args.index, args.workers)
         split.title = part
     return split
 
 
-def check_failed(split):
-    """UserError: more than MAX_BAD of the videos are missing or undecodable, or there are none."""
-    if not split.paths:
-        raise UserError(f"{split.title}: no videos in {split.root}")
-    if len(split.failed) > MAX_BAD * len(split.paths):
-        raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
-                        f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
-                        f"{listed(split.failed)}")
+def check_failed(split, index=None):
+    """UserError: more than MAX_BAD of the videos are missing or undecodable.
+
+    All are named in a file beside the index: a path a line, a tab, the reason.
+    """
+    if len(split.failed) <= MAX_BAD * len(split.paths):
+        return
+    file = Path(index or default_index(split.root)).with_suffix(".failed.txt")
+    root = os.path.abspath(split.root)
+    rows = (f"{os.path.join(root, path)}\t{reason}\n" for path, reason in split.failed.items())
+    write_text(file, "".join(rows))
+    cure = "mend them, or get them again" if split.title.split()[0] in LISTS else (
+        "delete them, or mend them")
+    raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
+                    f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
+                    f"{listed(split.failed)}; {file} names all: {cure}")
 
 
 def listed(failed):
@@ -259,38 +338,43 @@ def sources(dataset, paths):
 def scan(split: Split, index=None, workers: int = 1) -> Split:
     """Decode each video once, to fill in split.shapes and split.failed.
 
-    index: JSON file that caches {path: [[size, mtime], frames, height, width, reason]}. An entry is
-           valid while the size and modification time of the video are unchanged.
+    index: JSON file that caches {absolute path: [[size, mtime], frames, height, width]} of whole
+           videos; an error may not last. An entry is valid while the size and modification time of
+           the video are unchanged.
     """
+    print(*split.notes, sep="\n", end="\n" * bool(split.notes), file=sys.stderr)
     index = Path(index or default_index(split.root))
-    entries = json.loads(index.read_text()) if index.exists() else {}
-    fingerprints = {}
+    entries = json.loads(index.read_text("utf-8")) if index.exists() else {}
+    stamps, todo, early = {}, [], {}
     for path, file in split.files.items():
-        with suppress(FileNotFoundError):                       # a broken link
-            stat = file.stat()
-            fingerprints[path] = [stat.st_size, stat.st_mtime_ns]
-    todo = [path for path in split.files
-            if path not in entries or entries[path][0] != fingerprints.get(path)
-            or entries[path][4]]                                # an error may not last
+        key, stat = os.path.abspath(file), file.stat()
+        stamps[path] = key, [stat.st_size, stat.st_mtime_ns]
+        stamp, *shape = entries.get(key, [None])
+        if stamp == stamps[path][1]:
+            split.shapes[path] = tuple(shape)
+        else:
+            todo.append(path)
     saved = time.monotonic()
     # Decoding releases the GIL, so threads suffice. Closing the results cancels what is pending.
     with ThreadPoolExecutor(max(1, workers)) as pool, \
             closing(pool.map(probe, [str(split.files[path]) for path in todo])) as results, \
             tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not todo) as bar:
-        for path, result in zip(todo, bar):
-            entries[path] = [fingerprints.get(path), *result]
+        for path, (*shape, reason) in zip(todo, bar):
+            if shape[0]:
+                split.shapes[path] = tuple(shape)
+            if reason:
+                (early if shape[0] else split.failed)[path] = reason
+            else:
+                key, stamp = stamps[path]
+                entries[key] = [stamp, *shape]
             if time.monotonic() - saved > 60:
-                write_text(index, json.dumps(entries))
+                write_json(index, entries)
                 saved = time.monotonic()
     if todo:
-        write_text(index, json.dumps(entries))
+        write_json(index, entries)
 
-    for path in split.files:
-        _, frames, height, width, reason = entries[path]
-        if frames:
-            split.shapes[path] = frames, height, width
-        else:
-            split.failed[path] = reason
+    if early:
+        print(f"{split.title}: {len(early)} end early: {listed(early)}", file=sys.stderr)
     return split
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -15,8 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from common import UserError, write_text
-from common.distributed import gather_objects, on_rank0, rank_and_world, sum_over_processes
+from common.distributed import (
+    STOP_SIGNALS,
+    gather_objects,
+    on_rank0,
+    rank_and_world,
+    sum_over_processes,
+)
 
+BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
@@ -157,8 +165,8 @@ def lock(out):
 class Progress:
     """The steps of a training loop, with a progress bar and OUT/log.jsonl; used in a `with`.
 
-    SIGTERM, SIGUSR1 and Ctrl-C end it after the step in hand. step, steps: the first and the last;
-    clips: clips of a step, over all processes.
+    STOP_SIGNALS end it after the step in hand. step, steps: the first and the last; clips: clips of
+    a step, over all processes. A file gets a line for each line of the log instead of a bar.
     """
 
     def __init__(self, out, step, steps, steps_per_epoch, clips, args, device):
@@ -168,18 +176,20 @@ class Progress:
         self.rank, world = rank_and_world()
         if self.rank == 0:
             print(f"{out}: {'resumes' if step else 'starts'} at step {step} of {steps} "
-                  f"({steps_per_epoch} per epoch) on {world} {device.type} process(es); "
-                  f"{vars(args)}", file=sys.stderr)
+                  f"({steps_per_epoch} per epoch) on {world} {device.type} process(es); arguments: "
+                  f"{shlex.join(sys.argv[1:]) or 'the defaults'}", file=sys.stderr)
         self.board = None
         if vars(args).get("tensorboard") and self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(out), purge_step=step + 1)
 
     def __enter__(self):
-        self.bar = tqdm(total=self.steps, initial=self.first, unit="step", disable=self.rank > 0)
+        self.bar = tqdm(total=self.steps, initial=self.first, bar_format=BAR,
+                        disable=self.rank > 0 or not sys.stderr.isatty())
         self.signal, self.stopping, self.handlers = "", False, {}
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self.request_stop)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
+                self.handlers[number] = signal.signal(number, self.request_stop)
         self.begun = self.saved = self.since = time.perf_counter()
         self.values, self.waited, self.work = [], 0.0, None
         return self
@@ -233,10 +243,14 @@ class Progress:
             waiting_for_data=self.waited / (now - self.since),
             peak_memory_gb=peak_memory(self.device),
             left_s=(now - self.begun) / (step - self.first) * (self.steps - step))
-        shown = [name for name in means if "_" not in name] + ["clips_per_s", "waiting_for_data"]
-        self.bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+        shown = (f"loss={line['loss']:.3g}, clips/s={line['clips_per_s']:.0f}, "
+                 f"wait={line['waiting_for_data']:.0%}")
+        self.bar.set_postfix_str(shown)
         if self.rank == 0:
             self.write(step, line)
+            if self.bar.disable:
+                left = tqdm.format_interval(line["left_s"])
+                print(f"step {step} of {self.steps}: {shown}, left={left}", file=sys.stderr)
         self.values, self.waited, self.since = [], 0.0, now
 
     def write(self, step, line):

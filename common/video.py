@@ -66,12 +66,15 @@ def read_frames(path):
 
 
 def probe(path):
-    """Decode a whole video -> frames, height, width (upright), and the error at its end or ""."""
+    """Decode a whole video -> frames, height, width of the first one, upright, and the error at the
+    end or "".
+    """
     frames, height, width = 0, 0, 0
     try:
         for frame in read_frames(path):
+            if not frames:
+                height, width = upright_shape(frame)
             frames += 1
-            height, width = upright_shape(frame)
     except VideoError as error:
         return frames, height, width, error.reason
     return frames, height, width, "" if frames else "no frames"
@@ -81,7 +84,8 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None) -> 
     """Decode the requested frames, numbered as in a full sequential decode -> uint8 (N, 3, H, W).
 
     frames: N ints in any order, repeats allowed.
-    size:   short side of the output in pixels (bilinear); None: original size.
+    size:   short side of the output in pixels (bilinear); None: original size. A frame of another
+            shape than the first, as WebRTC records, is scaled to that.
     boxes:  N crops (top, left, height, width) as fractions of the upright frame, each scaled to
             size x size.
     VideoError: the file does not decode, or ends before the last requested frame.
@@ -93,11 +97,13 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None) -> 
     n = -1
     with naming(path), closing(read_frames(path)) as decoded:
         for n, frame in zip(range(last + 1), decoded):
+            if n == 0:
+                shape = upright_shape(frame)
             for place in places.pop(n, ()):
                 box = boxes[place] if boxes else None
-                key = box, frame.height, frame.width, frame.format.name, frame.rotation
+                key = box, frame.height, frame.width, frame.format.name, orientation(frame)
                 if key not in converters:
-                    converters[key] = converter(frame, size, box)
+                    converters[key] = converter(frame, shape, size, box)
                 pictures[place] = converters[key](frame)    # (H, W, 3)
         if places:
             raise ValueError(f"only {n + 1} frames decode")
@@ -106,19 +112,20 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None) -> 
 
 # ---- From a frame to RGB ----
 
-def converter(frame, size, box):
+def converter(frame, shape, size, box):
     """Build a function for frames like this one: av.VideoFrame -> uint8 (H, W, 3).
 
-    size, box: as in `decode`. Cropping and scaling the planes before the conversion to RGB takes
-    half the time of the reverse order.
+    shape: of the first frame, upright; size, box: as in `decode`. Cropping and scaling the planes
+    before the conversion to RGB takes half the time of the reverse order.
     """
     unify, scale, convert = VideoReformatter(), VideoReformatter(), VideoReformatter()
+    turn = orientation(frame)
     if size is None:
-        return lambda frame: np.rot90(rgb(frame, convert), quarter_turns(frame))
+        height, width = reversed(shape) if turn[0] else shape
+        return lambda frame: upright(rgb(frame, convert, height, width), turn)
 
-    sides = upright_shape(frame)
-    top, left, rows, columns = pixels(box or (0, 0, 1, 1), *sides)
-    height, width = (size, size) if box else (round(side * size / min(sides)) for side in sides)
+    top, left, rows, columns = pixels(box or (0, 0, 1, 1), *upright_shape(frame))
+    height, width = (size, size) if box else (round(side * size / min(shape)) for side in shape)
     planar = frame.format.name if frame.format.name in PLANAR else "yuv420p"
     crop = av.VideoFrame(columns, rows, planar)             # overwritten by each frame
     crop.colorspace, crop.color_range = frame.colorspace, frame.color_range
@@ -126,7 +133,7 @@ def converter(frame, size, box):
     def to_rgb(frame):
         if frame.format.name != planar:
             frame = unify.reformat(frame, format=planar, threads=1)
-        copy_upright(frame, crop, top, left)
+        copy_upright(frame, turn, crop, top, left)
         return rgb(scale.reformat(crop, width, height, "yuv420p", **BILINEAR), convert)
     return to_rgb
 
@@ -138,9 +145,9 @@ def pixels(box, rows, columns):
     return min(top, rows - height), min(left, columns - width), height, width
 
 
-def rgb(frame, reformatter):
-    """Convert an av.VideoFrame to RGB -> uint8 (height, width, 3)"""
-    plane = reformatter.reformat(frame, format="rgb24", **BILINEAR).planes[0]
+def rgb(frame, reformatter, height=None, width=None):
+    """Convert an av.VideoFrame to RGB -> uint8 (height, width, 3), by default of its own shape"""
+    plane = reformatter.reformat(frame, width, height, "rgb24", **BILINEAR).planes[0]
     return as_array(plane, 3 * plane.width).reshape(plane.height, plane.width, 3)
 
 
@@ -149,21 +156,38 @@ def as_array(plane, width=None):
     return np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, :width or plane.width]
 
 
-def copy_upright(frame, target, top=0, left=0):
-    """Copy the planes of a yuv420p frame, rotated upright and cropped at (top, left), to `target`.
+def copy_upright(frame, turn, target, top=0, left=0):
+    """Copy the planes of a yuv420p frame, turned upright and cropped at (top, left), to `target`.
 
     Chroma has half the resolution: an odd top or left shifts it by half a chroma pixel.
     """
     for source, plane, step in zip(frame.planes, target.planes, (1, 2, 2)):
-        upright = np.rot90(as_array(source), quarter_turns(frame))
-        as_array(plane)[:] = upright[top // step:, left // step:][:plane.height, :plane.width]
+        picture = upright(as_array(source), turn)
+        as_array(plane)[:] = picture[top // step:, left // step:][:plane.height, :plane.width]
 
 
-def quarter_turns(frame):
-    """Anticlockwise quarter turns, 0 to 3, that the file's rotation metadata asks for."""
-    return round(frame.rotation / 90) % 4
+def orientation(frame):
+    """How a player turns a frame upright: whether to transpose it, then flip its rows, its columns.
+
+    The file's display matrix maps column x and row y to column a x + c y and row b x + d y, so the
+    signs of a, b, c and d tell the eight cases apart.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def upright(picture, turn):
+    """View a picture as `orientation` says: (H, W) or (H, W, 3), or (W, H) or (W, H, 3)"""
+    transpose, flip_rows, flip_columns = turn
+    picture = picture.swapaxes(0, 1) if transpose else picture
+    return picture[::-1 if flip_rows else 1, ::-1 if flip_columns else 1]
 
 
 def upright_shape(frame):
     """Height and width of a frame as a player shows it."""
-    return (frame.width, frame.height) if quarter_turns(frame) % 2 else (frame.height, frame.width)
+    return (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)

@@ -196,7 +196,7 @@ def break_first_test_video(world_copy, how):
     split = scan(load_split("ucf101", world_copy / "UCF-101", part="test"))
     index = splits.default_index(split.root)
     entries = json.loads(index.read_text())
-    entries[path][1] += 9
+    entries[str(file)][1] += 9
     index.write_text(json.dumps(entries))
     return path, "only 31 frames decode"
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import drifting, write_video
 
-from common.video import VideoError, decode, pixels, probe
+from common.video import decode, pixels, probe
 from tools.shrink import encode
 
 BOXES = [(0.0, 0.0, 1.0, 1.0), (0.0, 0.6, 0.4, 0.4), (0.55, 0.1, 0.45, 0.3), (0.1, 0.3, 0.8, 0.6)]
@@ -56,18 +56,21 @@ def test_a_box_lies_inside_the_frame(box, expected):
     assert pixels(box, 50, 100) == expected
 
 
-def test_the_picture_size_may_change_where_boxes_make_it_equal(tmp_path):
+def test_frames_of_another_size_than_the_first_are_scaled_to_that(tmp_path):
     parts = [write_video(tmp_path / f"{height}.h264", grey_texture(height, 64), **X264)
              for height in (48, 80)]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert probe(path) == (4, 80, 64, "")
+    assert probe(path) == (4, 48, 64, "")
     box = 0.5, 0.0, 0.5, 1.0
     clip = decode(path, [1, 3], 32, [box] * 2)
     for part, given in zip(parts, clip):
         assert torch.equal(given, decode(part, [1], 32, [box])[0])
-    with pytest.raises(VideoError, match="both.h264: all input arrays must have the same shape"):
-        decode(path, [1, 3], 32)
+    clip = decode(path, [1, 3], 32)
+    assert torch.equal(clip[0], decode(parts[0], [1], 32)[0])
+    tall = decode(parts[1], [1])
+    assert_resized(clip[1:], tall, 32, 43)
+    assert_resized(decode(path, [3]), tall, 48, 64)
 
 
 # ---- Colours ----
@@ -92,20 +95,29 @@ def test_scaling_keeps_colours(tmp_path, codec, options):
 
 # ---- Rotation ----
 
-SHOWN_AT = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}         # clockwise quarter turns
+TURNS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),       # clockwise quarters
+         (-1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 0, -1), (0, -1, -1, 0)]       # and their mirror images
 
 
-@pytest.fixture(params=SHOWN_AT)
+@pytest.fixture(params=TURNS)
 def turned(request, tmp_path):
-    """A video whose header asks for quarter turns -> its file, the frames as they are shown"""
+    """A video whose header asks for a turn -> its file, the frames as they are shown
+
+    a, b, c, d: a pixel in row y and column x is shown in row b x + d y and column a x + c y.
+    """
     path = write_video(tmp_path / "turned.mp4", grey_texture(48, 64), **X264)
     stored = decode(path, [0, 1])
     content = path.read_bytes()
     at = content.index(b"tkhd") + 44
-    a, b, c, d = SHOWN_AT[request.param]
+    a, b, c, d = request.param
     matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14]) << 16
     path.write_bytes(content[:at] + matrix.astype(">i4").tobytes() + content[at + 36:])
-    return path, stored.rot90(-request.param, (2, 3))
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    row, column = b * x + d * y, a * x + c * y
+    row, column = row - row.min(), column - column.min()
+    shown = torch.empty(2, 3, row.max() + 1, column.max() + 1, dtype=torch.uint8)
+    shown[:, :, row, column] = stored
+    return path, shown
 
 
 def test_frames_sizes_and_boxes_are_upright_as_the_header_asks(turned):

@@ -8,7 +8,6 @@ First the training step by itself, for each backbone, batch size and precision. 
 of each, the loader by itself and both together, with 0, 1, 2, 4, ... worker processes. What is
 compared is timed in turn, in one run. Rates are medians, in clips/s: two for each pair of clips.
 """
-import argparse
 import json
 import sys
 import time
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import write_text
 from common.distributed import init_distributed, run
-from common.flags import Formatter, paper_defaults, positive_int, usable_cores
+from common.flags import Parser, paper_defaults, positive_int, usable_cores
 from common.splits import PUBLISHED, load_split, scan, usable
 from common.toy import make_toy
 from common.training import AMP, autocast, default_amp, peak_memory, step_scaled
@@ -41,8 +40,7 @@ TOY = "r3d18_narrow"                                    # takes clips of the toy
 def parse_args(argv=None):
     cuda = torch.cuda.is_available()
     archs = ["r3d18", "r3d18_tv", "r2plus1d18", "s3dg"] if cuda else [TOY]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--videos", help="folder of videos, of which 200 are read (default: the toy set)")
     add("--archs", nargs="+", choices=BACKBONES, default=archs, metavar="ARCH", help="backbones")

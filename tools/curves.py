@@ -6,7 +6,6 @@
 Against steps: each term of the loss with the accuracy of its head, chance dotted; the learning
 rate, clips per second, and the fraction of time spent waiting for data.
 """
-import argparse
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.distributed import run
-from common.flags import Formatter
+from common.flags import Parser
 from tools import WIDTH, printable, pyplot
 
 TITLES = {                                      # key of the log -> title, left and right in turn
@@ -64,7 +63,7 @@ def draw(runs):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="OUT", help="a run's folder, or its log.jsonl")
     parser.add_argument("--out", default="curves.png", help="the picture: .png, .pdf, .svg ...")
     return parser.parse_args(argv)

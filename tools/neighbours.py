@@ -6,7 +6,6 @@
 One row a query: its middle frame, then those of its nearest videos with their cosines. A plus and
 a solid border: of the query's class; a cross and a dashed border: of another class.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.distributed import run
-from common.flags import Formatter, positive_int
+from common.flags import Parser, positive_int
 from common.video import VideoError, decode, probe
 from tools import WIDTH, printable, pyplot
 
@@ -67,7 +66,7 @@ def draw(arrays, queries, neighbours):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(__doc__)
     parser.add_argument("features", metavar="FILE.npz", help="of retrieval.py --features")
     parser.add_argument("--out", default="neighbours.png", help="the picture: .png, .pdf, .svg ...")
     parser.add_argument("--queries", type=positive_int, default=6, help="rows, evenly spaced")

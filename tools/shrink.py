@@ -7,12 +7,10 @@ Each video becomes MPEG-4 in MP4, whatever its suffix: FFmpeg, and so every read
 file's content. Other files are copied byte for byte. The same command resumes. DST/shrink.jsonl
 lists what could not be read, and why.
 """
-import argparse
 import io
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -21,17 +19,16 @@ from functools import partial
 from pathlib import Path
 
 import av
-from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import UserError, write_text
-from common.distributed import ignore_signals, run
-from common.flags import Formatter, positive_int, usable_cores
+from common import UserError, write_json
+from common.distributed import ignore_signals, interrupt_on_signals, run
+from common.flags import Parser, positive_int, usable_cores
 from common.splits import MAX_BAD, is_video, listed, walk
-from common.video import VideoError, copy_upright, probe, quarter_turns, read_frames, upright_shape
+from common.video import VideoError, copy_upright, orientation, probe, read_frames, upright_shape
 
 REPORT, TMP = "shrink.jsonl", ".shrinking-"             # in DST
 # swscale's ACCURATE_RND, FULL_CHR_H_INT and FULL_CHR_H_INP, which PyAV 17 does not name: without
@@ -40,8 +37,7 @@ EXACT = int(Interpolation.BILINEAR) | 0x40000 | 0x2000 | 0x4000
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("source", metavar="SRC", help="folder of the data set; nothing in it is changed")
     add("target", metavar="DST", help="folder of the copy, new or left by the same command")
@@ -104,12 +100,12 @@ def small_shape(height, width, size):
 
 def shrink(frame, height, width, scaler):
     """Scale a frame and turn it upright -> av.VideoFrame"""
-    sides = (height, width) if quarter_turns(frame) % 2 else (width, height)
+    turn = orientation(frame)
+    sides = (height, width) if turn[0] else (width, height)
     scaled = scaler.reformat(frame, *sides, "yuv420p", dst_colorspace=Colorspace.ITU601,
                              dst_color_range=ColorRange.MPEG, interpolation=EXACT, threads=1)
     small = av.VideoFrame(width, height, "yuv420p")
-    copy_upright(scaled, small)
-    small.pict_type = PictureType.NONE                  # the encoder chooses
+    copy_upright(scaled, turn, small)
     return small
 
 
@@ -193,12 +189,12 @@ def write_report(target, settings, failed):
     """DST/shrink.jsonl: the settings, then a line for each file that is not whole."""
     rows = [dict(file=path, frames=frames, reason=reason)
             for path, (frames, reason) in failed.items()]
-    write_text(target / REPORT, "".join(f"{json.dumps(row)}\n" for row in [settings, *rows]))
+    write_json(target / REPORT, settings, *rows)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    interrupt_on_signals()
     source, target = Path(args.source).resolve(), Path(args.target).resolve()
     settings = dict(size=args.size, quality=args.quality, intra=args.intra)
     files = prepare(source, target, settings)

@@ -10,11 +10,9 @@ cross-validated, retrieval.py and, for four rows of UCF101-8, finetune.py. It wr
 and OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md.
 The same command resumes.
 """
-import argparse
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -26,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, write_text
-from common.distributed import run
-from common.flags import Formatter, non_negative_int, positive_int, usable_cores
+from common.distributed import interrupt_on_signals, run
+from common.flags import Parser, non_negative_int, positive_int, usable_cores
 from common.splits import find_lists, read_lines
 from common.toy import make_toy
 from common.training import default_amp, locked
@@ -75,8 +73,7 @@ COLUMNS = {                                                     # result file, R
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     add, gpu = parser.add_argument, torch.cuda.is_available()
     add("--data", help="folder of UCF101's videos (default: the toy set)")
     add("--annotations", help="folder of UCF101's lists (default: beside the videos)")
@@ -262,7 +259,7 @@ def main(argv=None):
     if args.picture:
         draw(args)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
+    interrupt_on_signals()
     with locked(args.out):
         check_settings(args)
         if args.data:
