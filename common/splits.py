@@ -359,7 +359,7 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
     with ThreadPoolExecutor(max(1, workers)) as pool, \
             closing(pool.map(probe, [str(split.files[path]) for path in todo])) as results, \
             tqdm(results, f"scan {split.title}", len(todo), unit="video", disable=not todo) as bar:
-        for path, (*shape, reason) in zip(todo, bar):
+        for (*shape, reason), path in zip(bar, todo):
             if shape[0]:
                 split.shapes[path] = tuple(shape)
             if reason:

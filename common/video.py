@@ -58,11 +58,14 @@ def read_frames(path):
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise ValueError("no video stream that FFmpeg decodes")
-        stream.codec_context.thread_type = "NONE"           # frame threads hang on broken files
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1               # frame threads hang on broken files
+        cut_off = False
         with closing(container.demux(stream)) as packets:   # an unclosed generator leaks memory
             for packet in packets:
                 yield from packet.decode()
+                cut_off = packet.is_corrupt if packet.size else cut_off
+        if cut_off:
+            raise ValueError("the file ends inside a frame")
 
 
 def probe(path):

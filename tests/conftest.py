@@ -62,13 +62,13 @@ def shared():
 
 # ---- Files ----
 
-def write_video(path, pictures, codec="mpeg4", stamps=None, **options):
+def write_video(path, pictures, codec="mpeg4", stamps=None, muxer=None, **options):
     """Encode uint8 (H, W, 3) pictures -> path
 
-    stamps: the time stamp of each, in frames; options: the encoder's.
+    stamps: the time stamp of each, in frames; muxer: its options; options: the encoder's.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(os.fspath(path), "w") as container:
+    with av.open(os.fspath(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, _ = pictures[0].shape
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -1,4 +1,5 @@
 """Each script's defaults are the paper's; wrong commands end in one sentence."""
+import importlib.util
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import finetune
 import linear_probe
 import pretrain
 import retrieval
-from common import flags
+from common import evaluation, flags
 from common.distributed import run
 from models import BACKBONES, LOSSES
 
@@ -73,6 +74,13 @@ def test_features_are_those_of_section_3_4():
     assert retrieval.parse_args(["--k", "5", "1", "5"]).k == [1, 5]
 
 
+def test_a_short_run_warms_up_for_a_tenth_of_its_epochs():
+    data = ["--dataset", "ucf101", "--data", "videos", "--epochs"]
+    for script, longest in ((pretrain, 10), (finetune, 5)):
+        for epochs, warmup in ((1, 0.1), (20, 2), (40, min(4, longest)), (300, longest)):
+            assert script.parse_args([*data, str(epochs)]).warmup_epochs == warmup
+
+
 def test_a_zero_is_no_default():
     zeros = ["--warmup-epochs", "0", "--weight-decay", "0", "--save-every", "0", "--workers", "0"]
     for script in (pretrain, finetune):
@@ -118,7 +126,7 @@ WRONG = [                               # script, flags, regular expression of t
     (pretrain, "--batch-size 7", "--batch-size 7 must be a multiple of 2 "),
     (pretrain, "--batch-size 26", "26 must be .* at most 24, .* videos: give --batch-size 24$"),
     (pretrain, "--accumulate 3", "8 must be a multiple of 6 .*: give --batch-size 6$"),
-    (pretrain, "--accumulate 13", "8 must be .* at least 26, and at most 24, .*: these are too few"),
+    (pretrain, "--accumulate 13", "at least 26, and at most 24, .*: these are too few"),
     (finetune, "--batch-size 1", "--batch-size 1 must be .* at least 2, .*: give --batch-size 2$"),
     (finetune, "--batch-size 25", "25 must be .* at most 24, .* videos: give --batch-size 24$"),
     (pretrain, "--warmup-epochs 3.5", "--warmup-epochs 3.5 is longer than the run, --epochs 3"),
@@ -145,6 +153,27 @@ def test_a_wrong_command_ends_in_one_sentence(
         argv = words(world, tmp_path / "out", *more)
     sentence = fails(script.main, argv)
     assert ": error: " in sentence and re.search(message, sentence), sentence
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--init none.pt", "no such file: none.pt"),
+    ("--sync-bn", "--sync-bn needs a GPU"),
+    ("--tensorboard", "--tensorboard needs a package: pip install tensorboard"),
+    ("--compile", "--compile fails here: .*No working C.. compiler")])
+def test_what_a_flag_needs_is_tried_before_the_scan(
+        world, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.setenv("PATH", "none")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrain, "load_and_scan", pytest.fail)
+    assert re.search(sentence, fails(pretrain.main, words(world, tmp_path, *flags.split())))
+
+
+@pytest.mark.parametrize("script", [linear_probe, retrieval, finetune])
+def test_a_checkpoint_is_loaded_before_the_scan(world, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(evaluation, "load_and_scan", pytest.fail)
+    argv = evaluation_words(world, "none.pt", tmp_path)
+    assert "no such file: none.pt" in fails(script.main, argv)
 
 
 def test_a_data_set_needs_its_folder_and_predict_its_checkpoint():

@@ -9,6 +9,7 @@ from conftest import (
     CLASSES,
     by_hand,
     evaluation_words,
+    fails,
     official,
     probe,
     read_rows,
@@ -118,6 +119,17 @@ def test_C_auto_is_chosen_on_the_training_set_with_groups_kept_together(
     accuracy = {C: cross_val_score(new_svm(C), x[read], labels[read], cv=folds).mean()
                 for C in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
     assert result["C"] == pytest.approx(max(accuracy, key=accuracy.get))
+
+
+def test_C_auto_takes_five_folds_or_what_the_smallest_class_allows(
+        world, checkpoint, tmp_path, monkeypatch):
+    assert linear_probe.count_folds([0] * 7 + [1] * 6, range(13)) == 5
+    assert linear_probe.count_folds([0] * 7 + [1] * 4, range(11)) == 4
+    lists = dict(trainlist01=official(1, "train")[:9], testlist01=official(1, "test"))
+    lists = write_lists(tmp_path / "lists", CLASSES, **lists)       # one video of the second class
+    monkeypatch.setattr(linear_probe, "extract", pytest.fail)
+    argv = evaluation_words(world, checkpoint, tmp_path, "--C", "auto", "--annotations", lists)
+    assert "give a number, such as --C 1e-3" in fails(linear_probe.main, argv)
 
 
 def test_C_auto_with_workers_ends_without_an_error(world, checkpoint, tmp_path):

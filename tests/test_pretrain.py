@@ -288,9 +288,14 @@ def test_init_gives_the_backbone_its_weights(world, whole, tmp_path):
     ("", linear_probe, dict(dataset="toy", data="toy-videos", checkpoint="out/backbone.pt")),
     ("--dataset ucf101 --data v --annotations 'a b' --split 3", linear_probe,
      dict(dataset="ucf101", data="v", annotations="a b", split=[3])),
-    ("--dataset folder --data v --index i.json", retrieval,
-     dict(dataset="folder", gallery="v", query="v", index="i.json"))])
-def test_the_next_command_evaluates_this_run(flags, script, expected):
+    ("--dataset folder --data plain --index i.json", retrieval,
+     dict(dataset="folder", gallery="plain", query="plain", index="i.json")),
+    ("--dataset kinetics400 --data parts", linear_probe, dict(data="parts"))])
+def test_the_next_command_evaluates_this_run(tmp_path, monkeypatch, flags, script, expected):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("plain/run", "plain/walk", "parts/train/run", "parts/train/walk",
+                   "parts/val/walk"):
+        write_video(tmp_path / folder / "a.avi", drifting(1))
     args = pretrain.parse_args(["--out", "out", *shlex.split(flags)])
     python, file, *argv = shlex.split(pretrain.next_command(args))
     assert (python, file) == ("python", f"{script.__name__}.py")

@@ -18,20 +18,24 @@ import torch
 from conftest import (
     STEPS,
     after_step,
+    drifting,
     evaluation_words,
     fails,
     load_checkpoint,
     log_lines,
+    official,
     start,
     train,
     words,
+    write_video,
 )
 
 import data
 import finetune
+import linear_probe
 import pretrain
-from common import UserError, splits, toy, training
-from common.distributed import run
+from common import UserError, evaluation, splits, toy, training
+from common.distributed import STOP_SIGNALS, run
 from common.training import Progress, locked, resume, save_file
 from common.video import decode
 
@@ -93,7 +97,7 @@ def train_until_signalled(argv, number):
     run(lambda: pretrain.main(argv))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_saves_the_step_in_hand_and_ends_in_a_sentence_below_the_bar(
         world, whole, tmp_path, name):
     argv = words(world, tmp_path, "--save-every", 1000, "--log-every", 1000, "--workers", 1)
@@ -109,10 +113,18 @@ def test_a_signal_saves_the_step_in_hand_and_ends_in_a_sentence_below_the_bar(
 
 
 def test_after_training_signals_act_as_before(world, tmp_path):
-    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     train(world, tmp_path, "--epochs", 1)
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(world, tmp_path, at_step):
+    at_step(2, lambda: signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)               # as nohup does
+    try:
+        assert train(world, tmp_path, "--epochs", 1)["step"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_during_the_scan_ends_it_in_one_sentence(world, tmp_path, monkeypatch):
@@ -126,6 +138,14 @@ def test_ctrl_c_during_the_scan_ends_it_in_one_sentence(world, tmp_path, monkeyp
     monkeypatch.setattr(splits, "probe", interrupted_probe)
     message = fails(pretrain.main, words(world, tmp_path / "out", "--index", tmp_path / "index"))
     assert message == "SCRIPT: interrupted" and len(probed) < 24
+
+
+def test_ctrl_c_during_an_evaluation_ends_it_in_a_sentence_below_the_bar(
+        world, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "views_of", Mock(side_effect=KeyboardInterrupt))
+    argv = evaluation_words(world, checkpoint, tmp_path)
+    assert fails(linear_probe.main, argv) == "SCRIPT: interrupted"
+    assert capsys.readouterr().err.endswith("\n")       # a bar that is not closed ends in no "\n"
 
 
 def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
@@ -242,6 +262,30 @@ def test_a_run_resumes_only_with_arguments_and_processes_of_the_same_training(
     monkeypatch.setattr(training, "rank_and_world", lambda: (0, 2))
     with pytest.raises(UserError, match=r"is of another run \(processes 1 -> 2\)"):
         resume(out, args)
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_a_run_resumes_only_with_the_videos_it_began_with(
+        world_copy, checkpoint, tmp_path, script):
+    videos, path = world_copy / "UCF-101", official(1, "train")[5]
+    argv = words(world_copy, tmp_path / "out")
+    if script is finetune:
+        argv = evaluation_words(world_copy, checkpoint, tmp_path / "out", "--batch-size", 8)
+    script.main([*argv, "--epochs", "1"])
+    videos.rename(world_copy / "moved")
+    moved = "--epochs", "1", "--data", str(world_copy / "moved")
+    script.main([*argv, *moved])                        # the same videos
+    (world_copy / "moved" / path).unlink()
+    assert "(videos 24 -> 23, names_and_frames " in fails(script.main, [*argv, *moved])
+    write_video(world_copy / "moved" / path, drifting(30))
+    assert "of another run (names_and_frames " in fails(script.main, [*argv, *moved])
+
+
+def test_without_a_rank_a_world_size_is_not_torchruns(world, whole, tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    assert same(train(world, tmp_path / "out"), load_checkpoint(whole))
+    assert "--batch-size 7" in fails(pretrain.main, words(world, tmp_path, "--batch-size", 7))
 
 
 def test_the_time_left_is_that_of_steps_since_the_start(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """retrieval.py: exact search, R@k and its chance level, standardising, splits, own folders."""
 import itertools
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common import splits
 from common.evaluation import average_crops
 from models import load_backbone
 from retrieval import Side, chance_recall, ids_of, recall, search, standardise
+from tools import neighbours as neighbours_tool
 
 NONE = torch.iinfo(torch.int64).max                         # the rank where there is no such video
 
@@ -158,8 +160,7 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
         "--checkpoint", checkpoint, "--gallery", "own", "--query", query, "--windows", 2,
         "--workers", 0, "--out", "out", "--features", "new/features.npz")])
     result = read_json(tmp_path / "out" / "retrieval-folder.json")
-    assert result["recall"] == {} and "no classes, so no R@k" in capsys.readouterr().out
-
+    assert result["recall"] == {}
     neighbours = result["splits"][0]["neighbours"]
     names = {f"video {n}.avi" for n in range(6)}
     assert set(neighbours) == names
@@ -174,6 +175,25 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
     for name, row in zip(arrays["query_paths"], arrays["nearest"]):
         nearest = [arrays["gallery_paths"][g] for g in row if g >= 0]
         assert nearest == list(neighbours[name]) and row[-1] == -1
+
+
+def test_without_classes_the_nearest_of_three_queries_are_shown_and_how_to_draw_them(
+        own, checkpoint, tmp_path, capsys):
+    retrieval.main([str(word) for word in (
+        "--checkpoint", checkpoint, "--gallery", own, "--query", own, "--windows", 2,
+        "--workers", 0, "--out", tmp_path / "a b")])
+    file = tmp_path / "a b" / "retrieval-folder.json"
+    neighbours = read_json(file)["splits"][0]["neighbours"]
+    *_, head, reason, one, two, three, last = capsys.readouterr().out.splitlines()
+    assert head == f"retrieval on folder, split 1 ({file})" and "no classes, so no R@k" in reason
+    for line, (query, near) in zip((one, two, three), neighbours.items()):
+        nearest = ", ".join(f"{path} {cosine:.2f}" for path, cosine in [*near.items()][:3])
+        assert line == f"  {query}: {nearest}"
+    command = last.split("; next: ")[1]
+    python, script, *argv = shlex.split(command)
+    assert (python, script) == ("python", "tools/neighbours.py")
+    neighbours_tool.main([*argv[:-1], str(tmp_path / "neighbours.png")])
+    assert (tmp_path / "neighbours.png").exists()
 
 
 def test_own_class_folders_give_recall_by_name_and_neighbours(world, checkpoint, tmp_path):

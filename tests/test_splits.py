@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import INVALID, LENGTHS, write_lists
+from conftest import INVALID, LENGTHS, numbered_frames, write_lists, write_video
 
 from common import UserError, splits, write_text
-from common.splits import check_test, load_and_scan, load_split, scan, usable
+from common.splits import check_test, labelled_folder, load_and_scan, load_split, scan, usable
 
 
 def touch(root, *names, text=""):
@@ -110,7 +110,8 @@ def test_letter_case_is_ignored_as_ucf101_spells_handstand_pushups_in_two_ways(t
 def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, dataset):
     paths = ["linked/f.mp4", "run/a.mp4", "run/more/b.AVI", "walk/-e.mkv", "walk/[c] d.webm"]
     root = touch(tmp_path / "videos", *paths[1:])
-    touch(root, "run/._a.mp4", "run/notes.txt", "walk/mp4", "walk/.a.mp4.part")
+    touch(root, "run/._a.mp4", "run/notes.txt", "walk/mp4", "walk/.a.mp4.part", "@eaDir/a/a.mp4",
+          ".Trash-1000/files/a.mp4", "run/.ipynb_checkpoints/a.mp4", "run/@eaDir/a.mp4")
     touch(tmp_path / "elsewhere", "f.mp4")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     split = load_split(dataset, root)
@@ -118,6 +119,14 @@ def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, da
     assert split.files == {path: root / path for path in paths} and split.paths == paths
     classes = [split.classes[k] for k in split.labels]
     assert classes == ["linked", "run", "run", "walk", "walk"]
+    assert split.notes == [f"{dataset}: 2 files without a video's suffix are left out, the first: "
+                           "run/notes.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["MTS", "m2ts", "vob", "ogv", "asf", "3g2", "divx"])
+def test_videos_of_cameras_discs_and_phones_are_videos(tmp_path, suffix):
+    root = touch(tmp_path, f"run/a.{suffix}", "walk/b.mp4")
+    assert load_split("folder", root).paths == [f"run/a.{suffix}", "walk/b.mp4"]
 
 
 @pytest.mark.parametrize("paths", [["a/a.mp4", "b.mp4"], ["a/a.mp4", "a/b.mp4"]])
@@ -137,6 +146,58 @@ def test_own_train_and_test_folders_have_the_classes_of_train(tmp_path, test):
     assert held_out.labels == [1] and held_out.title == f"folder {test}"
     assert train.classes == held_out.classes == ["run", "walk"]
     check_test(train, held_out)                                 # of one name, but another file
+
+
+@pytest.mark.parametrize("train, test", [
+    ("videos_train", "videos_val"), ("Train", "Test"), ("training", "validation"),
+    ("train_256", "val_256")])
+def test_folders_with_the_same_classes_are_parts_by_their_names(tmp_path, train, test):
+    root = touch(tmp_path, *(f"{part}/{name}/a.mp4" for part in (train, test, "invalid")
+                             for name in ("run", "walk")), f"{train}/jump/a.mp4")
+    for part, folder, labels in (("train", train, [0, 1, 2]), ("test", test, [1, 2])):
+        split = load_split("folder", root, part=part)
+        assert split.files.keys() == {path: root / folder / path for path in split.paths}.keys()
+        assert split.title == f"folder {folder}" and split.labels == labels
+        assert split.classes == ["jump", "run", "walk"]
+        assert split.notes == [f"{root}: only {train} is for training"] * (part == "train")
+
+
+def test_class_folders_are_no_parts(tmp_path):
+    root = touch(tmp_path, "training dog/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/val/c.ts")
+    assert load_split("folder", root).classes == ["train 1", "training dog", "walk"]
+
+
+@pytest.mark.parametrize("paths, part, sentence", [
+    (["a/run/1.mp4", "b/run/1.mp4"], "train", 'a and b have .* call the one for training "train"'),
+    (["train1/run/1.mp4", "train2/run/1.mp4"], "train", "train1 and train2 have the same"),
+    (["K400/train/run/1.mp4", "K400/val/run/1.mp4"], "train", "has train: give --data .*/K400$"),
+    (["train/a/1.mp4", "other/b/1.mp4"], "test", "has no folder val or test, only train"),
+    (["train/a/1.mp4", "train/b/1.mp4", "val/c/1.mp4"], "test", "val/c/1.mp4 is in no class"),
+    (["readme.txt"], "train", "folder: no videos in ")])
+def test_folders_that_are_not_clear_are_refused(tmp_path, paths, part, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_split("folder", touch(tmp_path, *paths), part=part)
+
+
+@pytest.mark.parametrize("dataset, path, below", [
+    ("ucf101", "Run/a.avi", "UCF-101"), ("hmdb51", "Run/a.avi", "org"),
+    ("diving48", "a.mp4", "Diving48/rgb")])
+def test_data_one_folder_too_high_is_told_the_right_one(tmp_path, dataset, path, below):
+    write_lists(tmp_path, ["Run"], trainlist01=["Run/a.avi"], Run_test_split1=["a.avi 1"])
+    touch(tmp_path, "Diving48_V2_train.json", text='[{"vid_name": "a", "label": 7}]')
+    touch(tmp_path, f"{below}/{path}")
+    with pytest.raises(UserError, match=f"in a folder below: give --data {tmp_path / below}$"):
+        load_split(dataset, tmp_path)
+    assert load_split(dataset, tmp_path / below, tmp_path).files
+
+
+def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path):
+    root = touch(tmp_path, "a.mp4")
+    (root / "b.mp4").symlink_to("nowhere")
+    os.mkfifo(root / "c.mp4")                                   # to open it would wait for ever
+    split = scan(labelled_folder("own", root), tmp_path / "index.json")
+    assert split.failed == {"b.mp4": "not a regular file", "c.mp4": "not a regular file",
+                            "a.mp4": INVALID}
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -173,6 +234,14 @@ def test_scan_counts_frames_and_decodes_again_only_what_has_changed(copy, tmp_pa
     shapes = scan(load_split("folder", copy), index).shapes
     assert shapes == split.shapes | {"walk/01.avi": (20, 24, 32)}
     assert sorted(decoded[13:]) == ["01.avi", "02.avi"]
+
+
+def test_data_sets_may_share_an_index(copy, tmp_path, decoded):
+    other = shutil.copytree(copy, tmp_path / "other")
+    for count in (26, 26):
+        for root in (copy, other):
+            scan(load_split("folder", root), tmp_path / "index.json")
+        assert len(decoded) == count
 
 
 def test_the_default_index_is_one_a_folder_in_the_users_cache(videos, tmp_path, monkeypatch):
@@ -221,13 +290,25 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
     assert (tmp_path / "a.json").read_text() == "old"
 
 
+def test_a_video_that_is_cut_off_is_named(tmp_path, capsys):
+    start = dict(movflags="faststart")                          # the index lies at the start
+    whole = write_video(tmp_path / "whole.mp4", numbered_frames(60), muxer=start)
+    (tmp_path / "half.mp4").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
+    for _ in range(2):
+        split = scan(load_split("folder", tmp_path), tmp_path / "index.json")
+        assert split.shapes["whole.mp4"][0] == 60 > split.shapes["half.mp4"][0] > 0
+        reason = "the file ends inside a frame"
+        assert f"folder: 1 end early: half.mp4 ({reason})\n" in capsys.readouterr().err
+
+
 def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch):
     paths = [f"Run/{k:02d}.avi" for k in range(40)]
     results = {"01.avi": (0, 0, 0, "no moov"), "03.avi": (20, 8, 8, "Invalid data")}
     monkeypatch.setattr(
         splits, "probe", lambda file: results.get(Path(file).name, (99, 8, 8, "")))
     root = touch(ucf(tmp_path, paths), *paths[1:])
-    args = Namespace(dataset="ucf101", data=root, annotations=None, index=None, workers=0)
+    index = tmp_path / "i.json"
+    args = Namespace(dataset="ucf101", data=root, annotations=None, index=index, workers=0)
     split = load_and_scan(args, 1, "train")
     assert split.failed == {"Run/00.avi": "not found", "Run/01.avi": "no moov"}
     assert split.shapes["Run/03.avi"] == (20, 8, 8)             # the frames before the fault
@@ -236,9 +317,16 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
     message = r"are missing or undecodable, more than 5%: Run/00.avi \(not found\), Run/01.avi \(no"
     with pytest.raises(UserError, match=f"3 of 40 videos in {root} {message}"):
         load_and_scan(args, 1, "train")
+    assert (tmp_path / "i.failed.txt").read_text() == (
+        f"{root}/Run/00.avi\tnot found\n{root}/Run/01.avi\tno moov\n{root}/Run/02.avi\tno moov\n")
     for path in paths[1:3]:
         (root / path).unlink()
-    with pytest.raises(UserError, match="3 of 40 videos"):
+    with pytest.raises(UserError, match="names all: mend them, or get them again$"):
+        load_and_scan(args, 1, "train")
+    args.dataset = "folder"
+    with pytest.raises(UserError, match=f"; {tmp_path}/i.failed.txt names all: delete them, or"):
+        touch(root, *paths[3:])
+        monkeypatch.setattr(splits, "probe", lambda file: (0, 0, 0, "broken"))
         load_and_scan(args, 1, "train")
 
 
