@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import evaluation_words, load_checkpoint, read_json, train
+from conftest import evaluation_words, load_checkpoint, read_json, read_rows, train
 
 import pretrain
 import retrieval
-from common import UserError
+from common import UserError, write_json
 from common.distributed import run
 from common.training import check_finite, step_scaled
 from models import load_backbone, r3d18_narrow
@@ -76,6 +76,13 @@ def test_code_in_a_checkpoint_is_not_run(world, tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "checkpoint.pt", weights_only=False)          # the payload works
     assert (tmp_path / "ran").exists()
+
+
+def test_names_in_json_stand_as_they_are_and_other_bytes_as_escapes(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xc3\xbc")                # Latin-1, UTF-8
+    write_json(tmp_path / "a.jsonl", {name: 1}, "日本")
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"caf\\udce9 ü": 1}\n"日本"\n'.encode()
+    assert read_rows(tmp_path / "a.jsonl") == [{name: 1}, "日本"]
 
 
 def test_names_of_any_bytes_are_printed_as_they_are(capfdbinary):

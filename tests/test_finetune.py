@@ -166,16 +166,20 @@ def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
         (folder / str(n % 2)).mkdir(parents=True, exist_ok=True)
         shutil.copy(world / "UCF-101" / path, folder / str(n % 2) / f"{n}.avi")
     (folder / "1" / "broken.avi").write_bytes(b"no video")
+    (folder / "0" / "link.avi").symlink_to("nowhere")
+    os.mkfifo(folder / "0" / "pipe.avi")                    # to open it would wait for ever
     finetune.main([str(word) for word in (                  # --frames, --size, --step: the file's
         "--predict", folder, "--checkpoint", tuned[0] / RUN / "checkpoint.pt", "--windows", 2,
         "--crops", "centre", "--amp", "off", "--workers", 0, "--out", tmp_path / "new")])
     rows = {row["path"]: row for row in read_rows(tmp_path / "new" / "predictions.jsonl")}
-    assert len(rows) == 10
+    assert len(rows) == 12
     for n, row in enumerate(read_rows(tuned[0] / PREDICTIONS)):
         predicted = rows[f"{n % 2}/{n}.avi"]
         assert predicted["probabilities"] == row["probabilities"]
         assert predicted["label"] == str(n % 2)
+    for name in ("link", "pipe"):
+        assert rows[f"0/{name}.avi"]["problem"] == "not a regular file"
     broken = rows["1/broken.avi"]
     assert broken["predicted"] is None and broken["problem"].startswith("Invalid data")
-    sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: 1/broken.avi"
+    sentence = "9 of 12 videos scored; 3 could not be read and have no prediction: 0/link.avi (not"
     assert sentence in capsys.readouterr().out

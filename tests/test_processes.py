@@ -133,10 +133,14 @@ def train_and_get_a_signal(argv, number):
     pretrain.main(argv)
 
 
-def test_where_rank_0_refuses_every_process_ends_and_only_rank_0_says_why(world, tmp_path, capsys):
-    assert together(2, pretrain.main, words(world, tmp_path, "--batch-size", 6)) == [1, 1]
+@pytest.mark.parametrize("flag, sentence", [
+    ("--batch-size", "error: --batch-size 6 must be"),
+    ("--epoch", "error: unrecognized arguments: --epoch 6")])
+def test_a_refusal_ends_every_process_and_only_rank_0_says_why(
+        world, tmp_path, capsys, flag, sentence):
+    assert together(2, pretrain.main, words(world, tmp_path, flag, 6)) == [1, 1]
     printed = capsys.readouterr().out
-    assert printed.count("error: --batch-size 6 must be") == 1 and "Traceback" not in printed
+    assert printed.count(sentence) == 1 and "Traceback" not in printed
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):

@@ -1,11 +1,16 @@
 """A run that is killed, stopped or out of disk resumes bit for bit: equal weights on a CPU."""
+import fcntl
+import io
 import itertools
 import os
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from argparse import Namespace
@@ -38,6 +43,7 @@ from common import UserError, evaluation, splits, toy, training
 from common.distributed import STOP_SIGNALS, run
 from common.training import Progress, locked, resume, save_file
 from common.video import decode
+from models import LOSSES
 
 
 def same(one, other):
@@ -93,6 +99,7 @@ def train_until_signalled(argv, number):
     calls = itertools.count()
     data.decode = slow_decode
     os.setpgrp()                                        # as terminals do
+    sys.stderr.isatty = lambda: True                    # so that there is a bar
     after_step(4, threading.Timer(0.15, os.killpg, [0, number]).start)
     run(lambda: pretrain.main(argv))
 
@@ -105,8 +112,9 @@ def test_a_signal_saves_the_step_in_hand_and_ends_in_a_sentence_below_the_bar(
     process.join(120)
     process.kill()                                      # if it hangs
     assert process.exitcode == 1
-    # a bar that is not closed ends in no "\n"
-    last = (tmp_path / "printed").read_text().split("\n")[-2]
+    # a bar that is not closed ends in no "\n", one that is drawn again follows
+    *_, bar, last, end = (tmp_path / "printed").read_text().split("\n")
+    assert "| 5/9 [" in bar and end == ""
     assert last == f"{name}: saved step 5 of 9; the same command resumes"
     assert load_checkpoint(tmp_path)["step"] == 5
     assert same(train(world, tmp_path), load_checkpoint(whole))
@@ -286,6 +294,43 @@ def test_without_a_rank_a_world_size_is_not_torchruns(world, whole, tmp_path, mo
         monkeypatch.setenv(name, "2")
     assert same(train(world, tmp_path / "out"), load_checkpoint(whole))
     assert "--batch-size 7" in fails(pretrain.main, words(world, tmp_path, "--batch-size", 7))
+
+
+def print_progress(out, monkeypatch, stderr):
+    """What a run of two days prints."""
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", "a b", "--lr", "1e-3"])
+    args = Namespace(log_every=1, save_every=60, lr=1e-3, epochs=400)
+    with Progress(out, 0, 199600, 50, 10 ** 4, args, torch.device("cpu")) as progress:
+        progress.begun -= 2 * 86400
+        progress.bar.start_t = time.time() - 2 * 86400
+        for n in range(2):
+            progress.since -= 1
+            terms = {name: torch.tensor(3.14159 - n) for name in ("loss", *LOSSES)}
+            progress.log(19999 + n, 1e-3, **terms)
+        progress.bar.update(20000)
+
+
+def test_the_bar_fits_80_columns_with_loss_speed_and_waiting(tmp_path, monkeypatch):
+    here, there = os.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(there, "w") as terminal:
+        print_progress(tmp_path, monkeypatch, terminal)
+    first, bars = os.read(here, 10 ** 5).decode().replace("\r\n", "\n").split("\n", 1)
+    assert first.endswith("1 cpu process(es); arguments: --out 'a b' --lr 1e-3")
+    last = bars.rstrip("\n").split("\r")[-1]
+    assert re.search(r"loss=2.14, clips/s=\d+, wait=0%\]$", last) and "| 20000/199600 [48:" in last
+    assert max(map(len, bars.split("\r"))) <= 80
+
+
+def test_a_file_gets_a_line_for_each_line_of_the_log_and_no_bar(tmp_path, monkeypatch):
+    stderr = io.StringIO()
+    print_progress(tmp_path, monkeypatch, stderr)
+    printed = stderr.getvalue()
+    _, *lines = printed.splitlines()
+    assert [line.split(", clips/s=")[0] for line in lines] == [
+        "step 19999 of 199600: loss=3.14", "step 20000 of 199600: loss=2.14"]
+    assert all(re.search(r", wait=0%, left=4\d\d:", line) for line in lines) and "\r" not in printed
 
 
 def test_the_time_left_is_that_of_steps_since_the_start(tmp_path, monkeypatch):
