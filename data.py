@@ -177,15 +177,14 @@ class Videos(torch.utils.data.Dataset):
     """Videos of a scanned split, in flat arrays that loader processes share without copying.
 
     files: (V,) bytes; shapes: (V, 3) frames, height, width, all zero for a failed video; identity:
-    what must be the same when a run resumes, whatever the folder.
+    what must not change when a run resumes.
     """
 
     def __init__(self, split, paths):
         self.files = np.array([os.fsencode(split.files.get(path, "")) for path in paths])
         self.shapes = np.array([split.shapes.get(path, (0, 0, 0)) for path in paths])
-        names = repr([(path, split.shapes.get(path, [0])[0]) for path in paths]).encode()
-        self.identity = dict(
-            videos=len(paths), names_and_frames=hashlib.sha256(names).hexdigest()[:8])
+        sha256 = hashlib.sha256(repr([*zip(paths, self.shapes[:, 0].tolist())]).encode())
+        self.identity = dict(videos=len(paths), names_and_frames=sha256.hexdigest()[:8])
 
     def __len__(self):
         return len(self.files)

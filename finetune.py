@@ -82,8 +82,7 @@ def training_clips(args, split):
     _, world = rank_and_world()
     paths, report = usable(split, T=1)                      # short videos repeat their last frame
     print(report, file=sys.stderr)
-    check_batch_size(args.batch_size, world, 2 * world, f"{world} process(es), two videos each for "
-                     "BatchNorm", len(paths))
+    check_batch_size(args.batch_size, world, f"{world} process(es)", len(paths))
     return Clips(split, paths, args.frames, args.size, args.step, args.seed)
 
 

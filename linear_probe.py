@@ -49,8 +49,7 @@ def count_folds(y, groups):
     """Folds of --C auto: 5, or as many as the smallest class has groups. UserError: fewer than 2"""
     fewest = min(Counter(label for label, _ in set(zip(y, groups))).values())
     if fewest < 2:
-        raise UserError("--C auto cross-validates, which takes two source videos of each class, "
-                        "but one has one: give a number, such as --C 1e-3")
+        raise UserError("--C auto needs two source videos of each class: give a number, as 1e-3")
     return min(5, fewest)
 
 
@@ -101,9 +100,7 @@ def main(argv=None):
     for train, test in parts:
         check_test(train, test)
         if args.C == "auto":
-            good = [k for k, path in enumerate(train.paths) if path not in train.failed]
-            groups = sources(args.dataset, train.paths)
-            count_folds([train.labels[k] for k in good], [groups[k] for k in good])
+            count_folds(train.labels, sources(args.dataset, train.paths))     # or refuse at once
     features = [[extract(networks, split, args, device) for split in pair] for pair in parts]
     if rank:
         return

@@ -38,7 +38,7 @@ from common.flags import (
     pretraining_parser,
     table_of_defaults,
 )
-from common.splits import check_test, load_and_scan, load_split, usable
+from common.splits import load_and_scan, own_parts, usable
 from common.training import (
     Progress,
     autocast,
@@ -93,9 +93,7 @@ def parse_args(argv=None):
 
 
 def try_flags(args, device):
-    """UserError, before a scan of hours: what --init, --sync-bn, --tensorboard or --compile needs
-    is not there.
-    """
+    """UserError, before a scan of hours: what a flag needs is not there."""
     if args.init:
         load_backbone(args.init, args.arch)
     if args.sync_bn and device.type == "cpu":
@@ -117,9 +115,8 @@ def prepare(args):
     split = load_and_scan(args, args.split, "train")
     paths, report = usable(split, args.speeds[0] * (args.frames - 1) + 1)   # of the slowest clip
     print(report, file=sys.stderr)
-    unit = 2 * world * args.accumulate
-    check_batch_size(args.batch_size, unit, unit, f"groups of 2 videos, {world} process(es), "
-                     f"{args.accumulate} part(s)", len(paths))
+    why = f"groups of 2 videos, {world} process(es), {args.accumulate} part(s)"
+    check_batch_size(args.batch_size, 2 * world * args.accumulate, why, len(paths))
     clips = 4 if "distinct" in args.losses else 2
     return Pairs(split, paths, args.frames, args.size, args.speeds, args.seed, args.equivariance,
                  clips)
@@ -302,16 +299,12 @@ def save_backbone(file, model, args):
 
 
 def next_command(args):
-    """What to type next: the linear probe, or neighbours where own videos are not ready for it."""
+    """What to type next: the linear probe, or neighbours if own videos have no test set."""
     words = ["linear_probe.py"]
-    if (args.dataset, args.data) != ("toy", "toy-videos"):
+    if args.dataset in ("kinetics400", "folder") and not own_parts(Path(args.data))[1]:
+        words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
+    elif (args.dataset, args.data) != ("toy", "toy-videos"):
         words += ["--dataset", args.dataset, "--data", args.data]
-    if args.dataset in ("kinetics400", "folder"):
-        try:
-            parts = [load_split(args.dataset, args.data, part=part) for part in ("train", "test")]
-            check_test(*parts)
-        except UserError:
-            words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
     if args.split != 1:
         words += ["--split", str(args.split)]
     for name in ("annotations", "index"):
@@ -322,13 +315,12 @@ def next_command(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, device = init_distributed()
+    _, device = init_distributed()
     try_flags(args, device)
     torch.manual_seed(args.seed)
     with locked(Path(args.out)):
         train(args, on_rank0(prepare, args), device)
-    if rank == 0:
-        print(f"next: {next_command(args)}")
+    print(f"next: {next_command(args)}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@
 Cosine similarity; queries are the test videos, the gallery is the training set (Sec. 4.2). R@k is
 the fraction of queries with a video of the same class among the k nearest; 1-NN accuracy is R@1.
 Unreadable queries count as errors. Writes OUT/retrieval-DATASET.json; with own folders, in class
-folders or not, it names the nearest videos of each query, and OUT/features.npz is written, from
-which tools/neighbours.py draws them. A query's own file is not its neighbour, so --gallery and
---query may be one folder.
+folders or not, it names the nearest of each query, which tools/neighbours.py draws from
+OUT/features.npz. A query's own file is not its neighbour: --gallery and --query may be one folder.
 """
 import os
 import shlex
@@ -186,12 +185,10 @@ def print_results(args, results, mean, file):
         print(f"  {k}{also}: {with_random(figures, mean['chance'][k])}")
     if not mean:
         print("  no classes, so no R@k; the nearest of the first queries, with cosines:")
-        for query, nearest in list(results[0]["neighbours"].items())[:3]:
-            names = (f"{path} {cosine:.2f}" for path, cosine in list(nearest.items())[:3])
-            print(f"  {query}: {', '.join(names)}")
+        for query, near in [*results[0]["neighbours"].items()][:3]:
+            print(f"  {query}: {', '.join(f'{g} {near[g]:.2f}' for g in [*near][:3])}")
     if args.features:
-        print(f"features: {args.features}; next: python tools/neighbours.py "
-              f"{shlex.quote(args.features)} --out neighbours.png")
+        print(f"next: python tools/neighbours.py {shlex.quote(args.features)} --out neighbours.png")
 
 
 def main(argv=None):

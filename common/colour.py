@@ -1,7 +1,4 @@
-"""torchvision's ColorJitter and RandomGrayscale, drawn per clip and applied per batch.
-
-On a CPU this takes 0.3 to 0.45 times as long as torchvision's v2 clip by clip.
-"""
+"""torchvision's ColorJitter and RandomGrayscale, drawn per clip and applied per batch."""
 import itertools
 from contextlib import contextmanager
 

@@ -13,13 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 
-STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT
+STOP = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT     # they end a training run
 
 
 def torchrun(name, default=0):
-    """A number in torchrun's environment. Without RANK there is no torchrun, whatever else is set:
-    templates of Slurm and Kubeflow export WORLD_SIZE alone.
-    """
+    """A number that torchrun sets, with RANK; WORLD_SIZE alone is of a template of Slurm or so."""
     return int(os.environ.get(name, default)) if "RANK" in os.environ else default
 
 
@@ -141,16 +139,8 @@ def run(main):
 
 def ignore_signals(worker):
     """In loader processes, ignore signals that are sent to the whole group."""
-    for number in STOP_SIGNALS:
+    for number in STOP:
         signal.signal(number, signal.SIG_IGN)
-
-
-def interrupt_on_signals():
-    """In a tool, SIGTERM and a terminal that closes act as Ctrl-C, unless nohup ignores the latter.
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
 
 
 def end_loader_processes():

@@ -20,7 +20,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose refusal is a UserError: one sentence, which rank 0 alone prints."""
+    """A parser that refuses by a UserError: one sentence, which rank 0 alone prints."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False)
@@ -175,8 +175,7 @@ def fill_defaults(parser, args, defaults):
             # paper silent: a short run must not end in its warm-up
             setattr(args, name, min(value, args.epochs / 10) if name == "warmup_epochs" else value)
     if "warmup_epochs" in defaults and args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run, --epochs "
-                     f"{args.epochs}")
+        parser.error(f"--warmup-epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if args.data is None and args.dataset == "toy":
         args.data = "toy-videos"
     if args.data is None:
@@ -186,11 +185,9 @@ def fill_defaults(parser, args, defaults):
     return args
 
 
-def check_batch_size(size, unit, least, why, videos):
-    """UserError, with a size that works: not a multiple of `unit`, below `least`, too large."""
-    largest = min(max(size, least), videos) // unit * unit
-    if size == largest >= least:
-        return
-    advice = f"give --batch-size {largest}" if largest >= least else "these are too few"
-    raise UserError(f"--batch-size {size} must be a multiple of {unit} ({why}), at least {least}, "
-                    f"and at most {videos}, the usable videos: {advice}")
+def check_batch_size(size, unit, why, videos):
+    """UserError, with a size that works: not a multiple of `unit`, or larger than the data set."""
+    right = min(size, videos) // unit * unit
+    if size != right or not right:
+        raise UserError(f"--batch-size {size} must be a multiple of {unit} ({why}) and at most "
+                        f"{videos}, the usable videos" + f": give {right}" * bool(right))

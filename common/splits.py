@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain, combinations
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from common.video import probe
 MAX_BAD = 0.05                                                  # failed fraction that stops a run
 SUFFIXES = set(".avi .divx .mp4 .m4v .mov .3gp .3g2 .mkv .webm .mpg .mpeg .vob .ts .mts .m2ts .mxf "
                ".wmv .asf .flv .f4v .ogv .gif".split())
+VISIBLE = re.compile("[^.@]").match                             # not trash, thumbnails, ._ of macOS
 # title of a split -> published number of its videos; Kinetics: Sec. 4
 PUBLISHED = {
     "ucf101 train split 1": 9537, "ucf101 test split 1": 3783,
@@ -40,8 +42,7 @@ class Split:
     """Videos of a data set.
 
     paths are relative to root; labels index classes (None: unlabelled).
-    failed has the missing videos, and after the scan the undecodable ones too. notes: sentences on
-    what was left out, which the scan prints.
+    failed has the missing videos, and after the scan the undecodable ones too; it prints the notes.
     """
     title: str
     root: Path
@@ -112,24 +113,18 @@ def read_lines(file):
 
 # ---- Folders ----
 
-def hidden(name):
-    """Whether a name is of trash, thumbnails, checkpoints of notebooks and so on."""
-    return name.startswith((".", "@"))
-
-
 def walk(root):
-    """Yield each folder below root, following links -> its relative path, those of its files.
+    """Yield each VISIBLE folder below root, links followed -> its relative path, its files' paths.
 
-    Hidden ones are left out. OSError: a folder cannot be read.
+    OSError: a folder cannot be read.
     """
     def stop(error):
         raise error                                             # os.walk would skip the folder
 
     for folder, folders, names in os.walk(root, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not hidden(name)]
+        folders[:] = filter(VISIBLE, folders)
         below = os.path.relpath(folder, root)
-        shown = [name for name in names if not hidden(name)]
-        yield below, [os.path.normpath(os.path.join(below, name)) for name in shown]
+        yield below, [os.path.normpath(os.path.join(below, n)) for n in filter(VISIBLE, names)]
 
 
 def is_video(path):
@@ -162,43 +157,35 @@ def own_folder(dataset, root, part):
 def own_parts(root):
     """Find the folders of training and of test videos in a folder -> their names, "" for none.
 
-    Training: "train", or what is called "videos_train", "Training" or the like and has a class, a
-    sub-folder, in common with another. Test: what is called "val", "test" or the like.
-    UserError: folders have the same sub-folders, and which is for training is not clear.
+    Training: "train", or a name like it of a folder that has a sub-folder, a class, in common with
+    another. Test: a name like "val" or "test". UserError: which is for training is not clear.
     """
-    inside = {name: subfolders(root / name) for name in sorted(subfolders(root))}
-    train = ["train"] if "train" in inside else [
-        name for name in inside if called("train", name)
-        and any(inside[name] & inside[other] for other in inside if other != name)]
-    alike = [name for name in inside
-             if any(inside[name] == inside[other] for other in inside if other != name)
-             and inside[name]]
-    if len(train) > 1 or alike and not train:
-        one, two, *_ = train or alike
+    classes = {name: subfolders(root / name) for name in sorted(subfolders(root))}
+    alike = [(a, b) for a, b in combinations(classes, 2) if classes[a] & classes[b]]
+    equal = [(a, b) for a, b in alike if classes[a] == classes[b]]
+    like = {word: [name for name in classes if re.search(f"(?<![a-z]){word}", name.lower())]
+            for word in ("train", "val", "test")}
+    train = [name for name in like["train"] if name in chain(*alike)]
+    train = ["train"] if "train" in classes else train
+    if len(train) > 1 or equal and not train:
+        one, two = (equal or alike)[0]
         raise UserError(f"{root}: {one} and {two} have the same sub-folders, like the parts of a "
                         'data set: call the one for training "train"')
-    if len(inside) == 1 and "train" in inside[(only := next(iter(inside)))]:
-        raise UserError(f"{root} has one folder, and that has train: give --data {root / only}")
-    test = [name for word in ("val", "test") for name in inside
-            if called(word, name) and name not in train]
+    if len(classes) == 1 and "train" in classes[one := min(classes)]:
+        raise UserError(f"{root} has one folder, and that has train: give --data {root / one}")
+    test = [name for name in like["val"] + like["test"] if name not in train]
     return (*train, "")[0], (*test, "")[0]
 
 
-def called(word, name):
-    """Whether a folder's name has the word, or a longer one that begins so."""
-    return re.search(f"(?<![a-z]){word}", name.lower())
-
-
 def subfolders(folder):
-    """Names of the folders in a folder"""
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)}
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and VISIBLE(entry.name)}
 
 
 def labelled_folder(title, root, classes=None):
     """Load all videos below a folder -> Split
 
-    Labels are the class folders, if there are two or more and every video is in one. classes: those
-    of training. UserError: there is no video, or one of no class.
+    Labels are the class folders, if there are two or more and every video is in one, or `classes`.
+    UserError: there is no video, or one of no class.
     """
     paths, others = find_files(root)
     if not paths:
@@ -212,11 +199,9 @@ def labelled_folder(title, root, classes=None):
     labels = [classes.index(name) if classes else None for name in names]
     files = {path: root / path for path in paths if (root / path).is_file()}
     failed = {path: "not a regular file" for path in paths if path not in files}
-    split = Split(title, root, paths, labels, classes, files, failed=failed)
-    if others:
-        split.notes.append(f"{title}: {len(others)} files without a video's suffix are left out, "
-                           f"the first: {others[0]}")
-    return split
+    notes = [f"{title}: {len(others)} files have no suffix of videos, the first: {others[0]}"
+             ] if others else []
+    return Split(title, root, paths, labels, classes, files, failed=failed, notes=notes)
 
 
 # ---- A split of a data set ----
@@ -243,20 +228,12 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     videos = [path for path in find_files(root)[0] if (root / path).is_file()]
     existing = {path.lower(): root / path for path in videos}
     files = {path: existing[path.lower()] for path in paths if path.lower() in existing}
-    title = f"{dataset} {part} split {split}"
-    for parent in () if files else folders_of(videos, paths):
-        raise UserError(f"{title}: the videos are in a folder below: give --data {root / parent}")
+    names, title = {path.lower() for path in paths}, f"{dataset} {part} split {split}"
+    for top, _, path in (video.partition(os.sep) for video in videos):
+        if path.lower().removeprefix("rgb/") in names and not files:
+            raise UserError(f"{title}: the videos are below --data: give --data {root / top}")
     failed = {path: "not found" for path in paths if path not in files}
     return Split(title, root, paths, labels, classes, files, failed=failed)
-
-
-def folders_of(videos, paths):
-    """Yield the folders below which paths of a list lie in a longer path."""
-    names = {path.lower() for path in paths}
-    for video in map(Path, videos):
-        for parent in video.parents:
-            if str(video.relative_to(parent)).lower() in names:
-                yield parent
 
 
 def load_and_scan(args, number, part):
@@ -274,21 +251,15 @@ def load_and_scan(args, number, part):
 
 
 def check_failed(split, index=None):
-    """UserError: more than MAX_BAD of the videos are missing or undecodable.
-
-    All are named in a file beside the index: a path a line, a tab, the reason.
-    """
-    if len(split.failed) <= MAX_BAD * len(split.paths):
-        return
-    file = Path(index or default_index(split.root)).with_suffix(".failed.txt")
-    root = os.path.abspath(split.root)
-    rows = (f"{os.path.join(root, path)}\t{reason}\n" for path, reason in split.failed.items())
-    write_text(file, "".join(rows))
-    cure = "mend them, or get them again" if split.title.split()[0] in LISTS else (
-        "delete them, or mend them")
-    raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
-                    f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
-                    f"{listed(split.failed)}; {file} names all: {cure}")
+    """UserError: more than MAX_BAD of the videos failed; a file beside the index names them all."""
+    if len(split.failed) > MAX_BAD * len(split.paths):
+        file = Path(index or default_index(split.root)).with_suffix(".failed.txt")
+        rows = (f"{split.root.resolve() / path}\t{split.failed[path]}\n" for path in split.failed)
+        write_text(file, "".join(rows))
+        raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
+                        f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
+                        f"{listed(split.failed)}; {file} names all: mend them, or delete those "
+                        "that are in no list")
 
 
 def listed(failed):
@@ -345,16 +316,14 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
     print(*split.notes, sep="\n", end="\n" * bool(split.notes), file=sys.stderr)
     index = Path(index or default_index(split.root))
     entries = json.loads(index.read_text("utf-8")) if index.exists() else {}
-    stamps, todo, early = {}, [], {}
+    stamps, early, saved = {}, {}, time.monotonic()
     for path, file in split.files.items():
         key, stat = os.path.abspath(file), file.stat()
         stamps[path] = key, [stat.st_size, stat.st_mtime_ns]
         stamp, *shape = entries.get(key, [None])
         if stamp == stamps[path][1]:
             split.shapes[path] = tuple(shape)
-        else:
-            todo.append(path)
-    saved = time.monotonic()
+    todo = [path for path in split.files if path not in split.shapes]
     # Decoding releases the GIL, so threads suffice. Closing the results cancels what is pending.
     with ThreadPoolExecutor(max(1, workers)) as pool, \
             closing(pool.map(probe, [str(split.files[path]) for path in todo])) as results, \

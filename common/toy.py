@@ -9,15 +9,7 @@ video. The flow holds what the pretext tasks need:
 Videos are grey and have no background: colours or backgrounds alone would solve L_inst, and the
 network would learn nothing else.
 
-The set shows that the temporal tasks teach the flow, L_inst the pattern, and all together both:
-Table 1 in miniature. It does not show what natural videos teach, or which of two rows is better by
-a few points.
-
-One frame does not give away the flow. Test accuracy of logistic regression on the middle frame:
-            pixels      magnitude of the Fourier transform      chance
-   class     5.7 %      17.7 %                                   3.1 %
-   pattern  27 %        98 %                                    25 %
-   flow     14 %        13 %                                    12.5 %
+One frame does not give away the flow: see docs/results.md.
 """
 import math
 import os

@@ -16,13 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from common import UserError, write_text
-from common.distributed import (
-    STOP_SIGNALS,
-    gather_objects,
-    on_rank0,
-    rank_and_world,
-    sum_over_processes,
-)
+from common.distributed import STOP, gather_objects, on_rank0, rank_and_world, sum_over_processes
 
 BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -165,8 +159,8 @@ def lock(out):
 class Progress:
     """The steps of a training loop, with a progress bar and OUT/log.jsonl; used in a `with`.
 
-    STOP_SIGNALS end it after the step in hand. step, steps: the first and the last; clips: clips of
-    a step, over all processes. A file gets a line for each line of the log instead of a bar.
+    The signals in STOP end it after the step in hand. A file gets a line for each line of the log,
+    no bar. step, steps: the first and the last; clips: clips of a step, over all processes.
     """
 
     def __init__(self, out, step, steps, steps_per_epoch, clips, args, device):
@@ -187,7 +181,7 @@ class Progress:
         self.bar = tqdm(total=self.steps, initial=self.first, bar_format=BAR,
                         disable=self.rank > 0 or not sys.stderr.isatty())
         self.signal, self.stopping, self.handlers = "", False, {}
-        for number in STOP_SIGNALS:
+        for number in STOP:
             if signal.getsignal(number) != signal.SIG_IGN:      # as under nohup
                 self.handlers[number] = signal.signal(number, self.request_stop)
         self.begun = self.saved = self.since = time.perf_counter()

@@ -69,9 +69,7 @@ def read_frames(path):
 
 
 def probe(path):
-    """Decode a whole video -> frames, height, width of the first one, upright, and the error at the
-    end or "".
-    """
+    """Decode a whole video -> frames, upright height and width, the error at the end or ""."""
     frames, height, width = 0, 0, 0
     try:
         for frame in read_frames(path):
@@ -87,8 +85,8 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None) -> 
     """Decode the requested frames, numbered as in a full sequential decode -> uint8 (N, 3, H, W).
 
     frames: N ints in any order, repeats allowed.
-    size:   short side of the output in pixels (bilinear); None: original size. A frame of another
-            shape than the first, as WebRTC records, is scaled to that.
+    size:   short side of the output in pixels (bilinear); None: original size. Frames of another
+            shape than the first, as in WebRTC, are scaled to that.
     boxes:  N crops (top, left, height, width) as fractions of the upright frame, each scaled to
             size x size.
     VideoError: the file does not decode, or ends before the last requested frame.
@@ -97,11 +95,10 @@ def decode(path, frames, size: int | None = None, boxes: list | None = None) -> 
     for place, n in enumerate(frames):
         places[n].append(place)
     last, converters, pictures = max(places), {}, [None] * len(frames)
-    n = -1
+    n, shape = -1, None
     with naming(path), closing(read_frames(path)) as decoded:
         for n, frame in zip(range(last + 1), decoded):
-            if n == 0:
-                shape = upright_shape(frame)
+            shape = shape or upright_shape(frame)               # of the first
             for place in places.pop(n, ()):
                 box = boxes[place] if boxes else None
                 key = box, frame.height, frame.width, frame.format.name, orientation(frame)
@@ -170,10 +167,9 @@ def copy_upright(frame, turn, target, top=0, left=0):
 
 
 def orientation(frame):
-    """How a player turns a frame upright: whether to transpose it, then flip its rows, its columns.
+    """Whether a player transposes a frame, then flips its rows, its columns, to turn it upright.
 
-    The file's display matrix maps column x and row y to column a x + c y and row b x + d y, so the
-    signs of a, b, c and d tell the eight cases apart.
+    The file's display matrix maps column x and row y to column a x + c y and row b x + d y.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -185,7 +181,7 @@ def orientation(frame):
 
 
 def upright(picture, turn):
-    """View a picture as `orientation` says: (H, W) or (H, W, 3), or (W, H) or (W, H, 3)"""
+    """View a picture, (H, W) or (H, W, 3), as `orientation` says."""
     transpose, flip_rows, flip_columns = turn
     picture = picture.swapaxes(0, 1) if transpose else picture
     return picture[::-1 if flip_rows else 1, ::-1 if flip_columns else 1]

@@ -129,7 +129,7 @@ def test_C_auto_takes_five_folds_or_what_the_smallest_class_allows(
     lists = write_lists(tmp_path / "lists", CLASSES, **lists)       # one video of the second class
     monkeypatch.setattr(linear_probe, "extract", pytest.fail)
     argv = evaluation_words(world, checkpoint, tmp_path, "--C", "auto", "--annotations", lists)
-    assert "give a number, such as --C 1e-3" in fails(linear_probe.main, argv)
+    assert "--C auto needs two source videos of each class" in fails(linear_probe.main, argv)
 
 
 def test_C_auto_with_workers_ends_without_an_error(world, checkpoint, tmp_path):

@@ -40,7 +40,7 @@ import finetune
 import linear_probe
 import pretrain
 from common import UserError, evaluation, splits, toy, training
-from common.distributed import STOP_SIGNALS, run
+from common.distributed import STOP, run
 from common.training import Progress, locked, resume, save_file
 from common.video import decode
 from models import LOSSES
@@ -121,9 +121,9 @@ def test_a_signal_saves_the_step_in_hand_and_ends_in_a_sentence_below_the_bar(
 
 
 def test_after_training_signals_act_as_before(world, tmp_path):
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in STOP]
     train(world, tmp_path, "--epochs", 1)
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP] == before
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(world, tmp_path, at_step):

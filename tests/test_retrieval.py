@@ -189,10 +189,9 @@ def test_without_classes_the_nearest_of_three_queries_are_shown_and_how_to_draw_
     for line, (query, near) in zip((one, two, three), neighbours.items()):
         nearest = ", ".join(f"{path} {cosine:.2f}" for path, cosine in [*near.items()][:3])
         assert line == f"  {query}: {nearest}"
-    command = last.split("; next: ")[1]
-    python, script, *argv = shlex.split(command)
-    assert (python, script) == ("python", "tools/neighbours.py")
-    neighbours_tool.main([*argv[:-1], str(tmp_path / "neighbours.png")])
+    *words, folder_script, features, _, _ = shlex.split(last)
+    assert (*words, folder_script) == ("next:", "python", "tools/neighbours.py")
+    neighbours_tool.main([features, "--out", str(tmp_path / "neighbours.png")])
     assert (tmp_path / "neighbours.png").exists()
 
 

@@ -119,8 +119,7 @@ def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, da
     assert split.files == {path: root / path for path in paths} and split.paths == paths
     classes = [split.classes[k] for k in split.labels]
     assert classes == ["linked", "run", "run", "walk", "walk"]
-    assert split.notes == [f"{dataset}: 2 files without a video's suffix are left out, the first: "
-                           "run/notes.txt"]
+    assert split.notes == [f"{dataset}: 2 files have no suffix of videos, the first: run/notes.txt"]
 
 
 @pytest.mark.parametrize("suffix", ["MTS", "m2ts", "vob", "ogv", "asf", "3g2", "divx"])
@@ -186,9 +185,10 @@ def test_data_one_folder_too_high_is_told_the_right_one(tmp_path, dataset, path,
     write_lists(tmp_path, ["Run"], trainlist01=["Run/a.avi"], Run_test_split1=["a.avi 1"])
     touch(tmp_path, "Diving48_V2_train.json", text='[{"vid_name": "a", "label": 7}]')
     touch(tmp_path, f"{below}/{path}")
-    with pytest.raises(UserError, match=f"in a folder below: give --data {tmp_path / below}$"):
+    right = tmp_path / below.split("/")[0]
+    with pytest.raises(UserError, match=f"are below --data: give --data {right}$"):
         load_split(dataset, tmp_path)
-    assert load_split(dataset, tmp_path / below, tmp_path).files
+    assert load_split(dataset, right, tmp_path).files
 
 
 def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path):
@@ -321,12 +321,7 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
         f"{root}/Run/00.avi\tnot found\n{root}/Run/01.avi\tno moov\n{root}/Run/02.avi\tno moov\n")
     for path in paths[1:3]:
         (root / path).unlink()
-    with pytest.raises(UserError, match="names all: mend them, or get them again$"):
-        load_and_scan(args, 1, "train")
-    args.dataset = "folder"
-    with pytest.raises(UserError, match=f"; {tmp_path}/i.failed.txt names all: delete them, or"):
-        touch(root, *paths[3:])
-        monkeypatch.setattr(splits, "probe", lambda file: (0, 0, 0, "broken"))
+    with pytest.raises(UserError, match=f"; {tmp_path}/i.failed.txt names all: mend them, or"):
         load_and_scan(args, 1, "train")
 
 

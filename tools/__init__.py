@@ -1,5 +1,6 @@
 """Run by hand, from the repository's root: python tools/NAME.py"""
 import os
+import signal
 
 from common import UserError
 
@@ -23,6 +24,13 @@ def pyplot():
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
     return plt
+
+
+def interrupt_on_signals():
+    """Let SIGTERM and a terminal that closes act as Ctrl-C; under nohup the latter is ignored."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def printable(name):

@@ -25,10 +25,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import UserError, write_json
-from common.distributed import ignore_signals, interrupt_on_signals, run
+from common.distributed import ignore_signals, run
 from common.flags import Parser, positive_int, usable_cores
 from common.splits import MAX_BAD, is_video, listed, walk
 from common.video import VideoError, copy_upright, orientation, probe, read_frames, upright_shape
+from tools import interrupt_on_signals
 
 REPORT, TMP = "shrink.jsonl", ".shrinking-"             # in DST
 # swscale's ACCURATE_RND, FULL_CHR_H_INT and FULL_CHR_H_INP, which PyAV 17 does not name: without

@@ -24,12 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, write_text
-from common.distributed import interrupt_on_signals, run
+from common.distributed import run
 from common.flags import Parser, non_negative_int, positive_int, usable_cores
 from common.splits import find_lists, read_lines
 from common.toy import make_toy
 from common.training import default_amp, locked
-from tools import WIDTH, pyplot, shrink
+from tools import WIDTH, interrupt_on_signals, pyplot, shrink
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {                                                        # flags of pretrain.py
