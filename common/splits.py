@@ -146,7 +146,7 @@ def own_folder(dataset, root, part):
     if not training:
         return labelled_folder(dataset, root)
     train = labelled_folder(f"{dataset} {training}", root / training)
-    train.notes.insert(0, f"{root}: only {training} is for training")
+    train.notes.insert(0, f"{root}: the training videos are those in {training}")
     if part == "train":
         return train
     if not testing:

@@ -7,7 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
-from conftest import ROOT, log_lines, train
+from conftest import ROOT, log_lines, read_rows, train
 
 import finetune
 import linear_probe
@@ -73,6 +73,22 @@ def test_each_command_parses_and_its_batch_splits_over_its_processes(script, arg
 
 # {section: code}
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n[^#]*?```python\n(.*?)```", README, re.M | re.S))
+
+
+def test_readmes_commands_for_own_videos_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part, count in (("MY_VIDEOS/train", 8), ("MY_VIDEOS/val", 1), ("OTHER_VIDEOS", 1)):
+        for seed, cls in enumerate(toy.TOY_CLASSES[:2] * count):
+            file = tmp_path / part / cls / f"{seed}.avi"
+            toy.write_video(file, toy.toy_video(cls, np.random.default_rng(seed)))
+    section = README.split("## Your own videos")[1].split("\n## ")[0]
+    for _, script, argv in START.findall(section):
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        module.main(shlex.split(argv))
+    out = tmp_path / "runs" / "folder-r3d18_narrow"
+    assert log_lines(out)[-1]["epoch"] == 50 and (tmp_path / "neighbours.png").exists()
+    rows = read_rows(out / "finetune-folder-4x-1" / "predictions.jsonl")
+    assert {row["predicted"] for row in rows} <= {*toy.TOY_CLASSES[:2]} and len(rows) == 2
 
 
 def test_readmes_snippet_of_the_losses_runs_and_gives_gradients():
