@@ -58,7 +58,7 @@ def test_fine_tuning_takes_the_papers_values(dataset):              # Sec. 3.4, 
     if dataset == "hmdb51":
         expected |= dict(epochs=200)
     if dataset == "toy":
-        expected = dict(epochs=15, batch_size=16, lr=1e-3, warmup_epochs=1)
+        expected = dict(epochs=30, batch_size=16, lr=1e-3, warmup_epochs=1)
     args = vars(finetune.parse_args(["--dataset", dataset, "--data", "videos"]))
     expected |= dict(crops="ten", windows=10, step=4, split=[1], checkpoint=None, predict=None)
     assert args.items() >= (expected | TRAINING).items()
