@@ -177,7 +177,7 @@ class Videos(torch.utils.data.Dataset):
     """Videos of a scanned split, in flat arrays that loader processes share without copying.
 
     files: (V,) bytes; shapes: (V, 3) frames, height, width, all zero for a failed video; identity:
-    what must not change when a run resumes.
+    what a run that resumes must have in common with its checkpoint.
     """
 
     def __init__(self, split, paths):

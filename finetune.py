@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from common import UserError, write_json
+from common import UserError, evaluation, flags, write_json
 from common.distributed import (
     data_parallel,
     init_distributed,
@@ -29,26 +29,6 @@ from common.distributed import (
     rank_and_world,
     run,
     share_buffers,
-)
-from common.evaluation import (
-    average_crops,
-    counts,
-    load_network,
-    load_parts,
-    most_frequent,
-    per_class,
-    predictions,
-    print_counts,
-    result_folder,
-    write_accuracy,
-)
-from common.flags import (
-    check_batch_size,
-    evaluation_parser,
-    fill_defaults,
-    finetune_defaults,
-    optimisation_flags,
-    table_of_defaults,
 )
 from common.splits import check_test, labelled_folder, scan, usable
 from common.training import (
@@ -66,15 +46,15 @@ from models import classifier, fill, new_backbone, read_weights
 
 
 def parse_args(argv=None):
-    parser = evaluation_parser(__doc__, crops="ten")
-    parser.epilog = table_of_defaults(finetune_defaults)
-    optimisation_flags(parser).add_argument(
+    parser = flags.evaluation_parser(__doc__, crops="ten")
+    parser.epilog = flags.table_of_defaults(flags.finetune_defaults)
+    flags.optimisation_flags(parser).add_argument(
         "--predict", metavar="FOLDER", help="classify the videos below a folder with a "
         "checkpoint.pt of this script; --frames, --size and --step are taken from it")
     args = parser.parse_args(argv)
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, a checkpoint.pt of this script")
-    return fill_defaults(parser, args, finetune_defaults(args.dataset))
+    return flags.fill_defaults(parser, args, flags.finetune_defaults(args.dataset))
 
 
 def training_clips(args, split):
@@ -82,7 +62,8 @@ def training_clips(args, split):
     _, world = rank_and_world()
     paths, report = usable(split, T=1)                      # short videos repeat their last frame
     print(report, file=sys.stderr)
-    check_batch_size(args.batch_size, world, f"{world} process(es)", len(paths))
+    why = f"{world} process(es), each with two videos at least, for BatchNorm"
+    flags.check_batch_size(args.batch_size, 2 * world, why, len(paths))
     return Clips(split, paths, args.frames, args.size, args.step, args.seed)
 
 
@@ -126,7 +107,7 @@ def train(network, clips, args, trained_with, folder, device):
 def probabilities(network, split, args, device):
     """Sec. 3.4: mean over windows and crops -> (V, classes) float32, NaN: failed; {path: reason}"""
     share_buffers(network)
-    scores, failed = average_crops(network.eval(), split, args, device, softmax=True)
+    scores, failed = evaluation.average_crops(network.eval(), split, args, device, softmax=True)
     return scores.numpy(), failed
 
 
@@ -135,16 +116,17 @@ def test(network, split, args, number, device):
     scores, failed = probabilities(network, split, args, device)
     right = scores.argmax(axis=1) == np.array(split.labels)                 # (V,)
     right[[path in failed for path in split.paths]] = False
-    result = dict(top1=float(right.mean()), per_class=per_class(split, right))
-    rows = predictions(split, scores, failed, split.classes, "probabilities", split=number)
-    return result, counts(split, failed), rows
+    result = dict(top1=float(right.mean()), per_class=evaluation.per_class(split, right))
+    rows = evaluation.predictions(
+        split, scores, failed, split.classes, "probabilities", split=number)
+    return result, evaluation.counts(split, failed), rows
 
 
 def run_split(args, number, train_split, test_split, device):
     """Fine-tune and test on one official split -> F, dict for the result, predictions."""
-    backbone, classes = load_network(args), train_split.classes
+    backbone, classes = evaluation.load_network(args), train_split.classes
     name = f"finetune-{args.dataset}-{args.step}x-{number}"
-    folder = result_folder(args, backbone.arch) / name
+    folder = evaluation.result_folder(args, backbone.arch) / name
     # --predict needs the classes; the hash tells whether a resumed run started from the same F
     trained_with = vars(args) | dict(split=number, checkpoint=backbone.sha256, classes=classes)
     network = classifier(backbone, len(classes)).to(device, memory_format=torch.channels_last_3d)
@@ -153,8 +135,9 @@ def run_split(args, number, train_split, test_split, device):
         train(network, clips, args, trained_with, folder, device)
         figures, tested, rows = test(network, test_split, args, number, device)
     row = "random" if args.checkpoint == "random" else "checkpoint"
-    result = dict(split=number, train=counts(train_split, train_split.failed), test=tested,
-                  chance=most_frequent(test_split)) | {row: figures}
+    trained = evaluation.counts(train_split, train_split.failed)
+    chance = evaluation.most_frequent(test_split)
+    result = dict(split=number, train=trained, test=tested, chance=chance) | {row: figures}
     return backbone, result, rows
 
 
@@ -177,10 +160,10 @@ def predict(args, rank, device):
     scores, failed = probabilities(network, split, args, device)
     if rank:
         return
-    file = result_folder(args, trained["arch"]) / "predictions.jsonl"
-    rows = predictions(split, scores, failed, trained["classes"], "probabilities")
+    file = evaluation.result_folder(args, trained["arch"]) / "predictions.jsonl"
+    rows = evaluation.predictions(split, scores, failed, trained["classes"], "probabilities")
     write_json(file, *rows)
-    print_counts(counts(split, failed), "have no prediction")
+    evaluation.print_counts(evaluation.counts(split, failed), "have no prediction")
     top = Counter(row["predicted"] for row in rows if row["predicted"]).most_common(5)
     print(f"most frequent: {', '.join(f'{name} ({n})' for name, n in top)} ({file})")
 
@@ -191,8 +174,8 @@ def main(argv=None):
     if args.predict:
         predict(args, rank, device)
         return
-    load_network(args)                                      # fails before a scan of hours
-    parts = load_parts(args, ("train", "test"))
+    evaluation.load_network(args)                           # fail before the scan
+    parts = evaluation.load_parts(args, ("train", "test"))
     for pair in parts:
         check_test(*pair)
 
@@ -204,7 +187,7 @@ def main(argv=None):
         rows += predicted
     if rank == 0:
         name = f"finetune-{args.dataset}-{args.step}x"
-        write_accuracy(args, "fine-tuned", name, backbone, results, rows)
+        evaluation.write_accuracy(args, "fine-tuned", name, backbone, results, rows)
 
 
 if __name__ == "__main__":

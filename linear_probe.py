@@ -9,6 +9,7 @@ Writes OUT/linear_probe-DATASET.json and OUT/linear_probe-DATASET-predictions.js
 test video. Unreadable test videos count as errors and are named.
 """
 from collections import Counter
+from itertools import compress
 
 import numpy as np
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -16,18 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from common import UserError
+from common import UserError, evaluation
 from common.distributed import init_distributed, run
-from common.evaluation import (
-    counts,
-    extract,
-    load_networks,
-    load_parts,
-    most_frequent,
-    per_class,
-    predictions,
-    write_accuracy,
-)
 from common.flags import evaluation_parser, fill_defaults, positive_float
 from common.splits import check_test, sources
 
@@ -49,7 +40,7 @@ def count_folds(y, groups):
     """Folds of --C auto: 5, or as many as the smallest class has groups. UserError: fewer than 2"""
     fewest = min(Counter(label for label, _ in set(zip(y, groups))).values())
     if fewest < 2:
-        raise UserError("--C auto needs two source videos of each class: give a number, as 1e-3")
+        raise UserError("--C auto needs two source videos per class: give a number such as 1e-3")
     return min(5, fewest)
 
 
@@ -86,22 +77,25 @@ def fit_and_test(train, test, name, args):
     scores[np.ix_(test_read, svm.classes_)] = values
     right = np.zeros(len(test_labels), bool)
     right[test_read] = scores[test_read].argmax(axis=1) == test_labels[test_read]
-    result = dict(top1=float(right.mean()), C=float(svm[-1].C), per_class=per_class(split, right))
-    return result, scores
+    result = dict(top1=float(right.mean()), C=float(svm[-1].C))
+    return result | dict(per_class=evaluation.per_class(split, right)), scores
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, device = init_distributed()
-    networks = load_networks(args, device)
+    networks = evaluation.load_networks(args, device)
 
     # Features
-    parts = load_parts(args, ("train", "test"))
+    parts = evaluation.load_parts(args, ("train", "test"))
     for train, test in parts:
         check_test(train, test)
         if args.C == "auto":
-            count_folds(train.labels, sources(args.dataset, train.paths))     # or refuse at once
-    features = [[extract(networks, split, args, device) for split in pair] for pair in parts]
+            read = [path in train.shapes for path in train.paths]
+            groups = compress(sources(args.dataset, train.paths), read)
+            count_folds(compress(train.labels, read), groups)   # fail before the features
+    features = [[evaluation.extract(networks, split, args, device) for split in pair]
+                for pair in parts]
     if rank:
         return
 
@@ -109,16 +103,18 @@ def main(argv=None):
     results, rows = [], []
     first = next(iter(networks))                                # the checkpoint, if there is one
     for number, (train, test) in zip(args.split, features):
-        result = dict(split=number, train=counts(train.split, train.failed),
-                      test=counts(test.split, test.failed), chance=most_frequent(test.split))
+        result = dict(
+            split=number, chance=evaluation.most_frequent(test.split),
+            train=evaluation.counts(train.split, train.failed),
+            test=evaluation.counts(test.split, test.failed))
         scores = {}
         for name in networks:
             result[name], scores[name] = fit_and_test(train, test, name, args)
         results.append(result)
-        rows += predictions(test.split, scores[first], test.failed, test.split.classes,
-                            "decision values", split=number)
+        rows += evaluation.predictions(test.split, scores[first], test.failed, test.split.classes,
+                                       "decision values", split=number)
     name = f"linear_probe-{args.dataset}"
-    write_accuracy(args, "linear SVM", name, networks[first], results, rows)
+    evaluation.write_accuracy(args, "linear SVM", name, networks[first], results, rows)
 
 
 if __name__ == "__main__":

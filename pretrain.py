@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from common import UserError
+from common import UserError, flags
 from common.distributed import (
     all_gather,
     data_parallel,
@@ -26,19 +26,7 @@ from common.distributed import (
     rank_and_world,
     run,
 )
-from common.flags import (
-    check_batch_size,
-    default_arch,
-    fill_defaults,
-    non_negative_int,
-    optimisation_flags,
-    paper_defaults,
-    positive_float,
-    positive_int,
-    pretraining_parser,
-    table_of_defaults,
-)
-from common.splits import load_and_scan, own_parts, usable
+from common.splits import load_and_scan, own_parts, subfolders, usable
 from common.training import (
     Progress,
     autocast,
@@ -56,33 +44,34 @@ from models import LOSSES, TERMS, TimeEquivariant, load_backbone
 
 
 def parse_args(argv=None):
-    parser = pretraining_parser(__doc__)
-    parser.epilog = table_of_defaults(lambda name: paper_defaults(name, default_arch(name)))
+    parser = flags.pretraining_parser(__doc__)
+    parser.epilog = flags.table_of_defaults(
+        lambda name: flags.paper_defaults(name, flags.default_arch(name)))
     add = parser.add_argument_group("objective").add_argument
     add("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
         help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o; distinct: Fig. 5)")
     add("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
         help="what the videos of a group share and psi encodes: temporal (shift, speeds, "
         "directions), spatial (crop, flip) or both (Table 1 b-d)")
-    add("--speeds", type=positive_int, nargs="+", default=[1, 2, 4, 8], metavar="S",
+    add("--speeds", type=flags.positive_int, nargs="+", default=[1, 2, 4, 8], metavar="S",
         help="playback speeds: source frames from one frame of a clip to the next (Sec. 3.2)")
-    add("--lam", type=positive_float, default=0.1,
+    add("--lam", type=flags.positive_float, default=0.1,
         help="temperature λ (Eq. 2); float32 overflows below 0.012")
-    add = optimisation_flags(parser).add_argument
+    add = flags.optimisation_flags(parser).add_argument
     add("--init", metavar="FILE", help="start from the weights of F in a backbone.pt or of "
         "torchvision; heads are newly initialised (the paper: from scratch)")
-    add("--accumulate", type=positive_int, default=1, metavar="N",
+    add("--accumulate", type=flags.positive_int, default=1, metavar="N",
         help="split the batch into N parts; same gradient as the whole (Eq. 2: keys get none)")
     add("--sync-bn", action="store_true", help="BatchNorm over all processes (paper silent)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--tensorboard", action="store_true",
         help="also write curves to OUT (pip install tensorboard)")
-    add("--keep-every", type=non_negative_int, default=0, metavar="STEPS",
+    add("--keep-every", type=flags.non_negative_int, default=0, metavar="STEPS",
         help="also save F every STEPS steps, as OUT/backbone-STEP.pt; 0: never")
     args = parser.parse_args(argv)
 
-    args.arch = args.arch or default_arch(args.dataset)
-    fill_defaults(parser, args, paper_defaults(args.dataset, args.arch))
+    args.arch = args.arch or flags.default_arch(args.dataset)
+    flags.fill_defaults(parser, args, flags.paper_defaults(args.dataset, args.arch))
     args.losses = sorted(set(args.losses), key=TERMS.index)
     args.speeds = sorted(set(args.speeds))
     args.out = args.out or f"runs/{args.dataset}-{args.arch}"
@@ -93,8 +82,8 @@ def parse_args(argv=None):
 
 
 def try_flags(args, device):
-    """UserError, before a scan of hours: what a flag needs is not there."""
-    if args.init:
+    """UserError, before a scan that may take hours: a flag lacks what it needs."""
+    if args.init and not Path(args.out, "checkpoint.pt").exists():
         load_backbone(args.init, args.arch)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs a GPU")
@@ -104,7 +93,8 @@ def try_flags(args, device):
         try:
             torch.compile(lambda x: x.sin())(torch.ones(1, device=device))
         except RuntimeError as error:
-            raise UserError(f"--compile fails here: {str(error).splitlines()[0]}") from None
+            cause = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+            raise UserError(f"--compile fails here: {cause}") from None
 
 
 # ---- Data ----
@@ -116,7 +106,7 @@ def prepare(args):
     paths, report = usable(split, args.speeds[0] * (args.frames - 1) + 1)   # of the slowest clip
     print(report, file=sys.stderr)
     why = f"groups of 2 videos, {world} process(es), {args.accumulate} part(s)"
-    check_batch_size(args.batch_size, 2 * world * args.accumulate, why, len(paths))
+    flags.check_batch_size(args.batch_size, 2 * world * args.accumulate, why, len(paths))
     clips = 4 if "distinct" in args.losses else 2
     return Pairs(split, paths, args.frames, args.size, args.speeds, args.seed, args.equivariance,
                  clips)
@@ -299,9 +289,10 @@ def save_backbone(file, model, args):
 
 
 def next_command(args):
-    """What to type next: the linear probe, or neighbours if own videos have no test set."""
-    words = ["linear_probe.py"]
-    if args.dataset in ("kinetics400", "folder") and not own_parts(Path(args.data))[1]:
+    """What to type next: the linear probe, or neighbours if own videos have no classes to test."""
+    words, own = ["linear_probe.py"], args.dataset in ("kinetics400", "folder")
+    train, test = own_parts(Path(args.data)) if own else ("", "")
+    if own and not (test and len(subfolders(Path(args.data, train))) > 1):
         words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
     elif (args.dataset, args.data) != ("toy", "toy-videos"):
         words += ["--dataset", args.dataset, "--data", args.data]

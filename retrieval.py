@@ -20,17 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common import evaluation
 from common.distributed import init_distributed, run
-from common.evaluation import (
-    counts,
-    extract,
-    load_networks,
-    load_parts,
-    print_counts,
-    result_folder,
-    with_random,
-    write_result,
-)
 from common.flags import evaluation_parser, fill_defaults, positive_int
 
 PARTS = {"train", "test"}                                       # of a data set; others are folders
@@ -165,7 +156,8 @@ def save_features(file, gallery, query, nearest, cosines):
         arrays[f"{name}_files"] = np.array(side.files)
         arrays[f"{name}_classes"] = np.array(side.classes)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **arrays)
+    with open(file, "wb") as npz:                               # a name would get a suffix
+        np.savez(npz, **arrays)
 
 
 def named(gallery, query, nearest, cosines):
@@ -176,17 +168,18 @@ def named(gallery, query, nearest, cosines):
 
 def print_results(args, results, mean, file):
     for result in results:
-        print_counts(result["gallery"], "are left out")
-        print_counts(result["query"], "count as errors" if mean else "are left out")
+        evaluation.print_counts(result["gallery"], "are left out")
+        evaluation.print_counts(result["query"], "count as errors" if mean else "are left out")
     print(f"retrieval on {args.dataset}, split {' '.join(map(str, args.split))} ({file})")
     for k in mean.get("chance", ()):
         figures = {name: mean[name][k] for name in mean if name != "chance"}
         also = " = 1-NN accuracy" if k == "R@1" else ""
-        print(f"  {k}{also}: {with_random(figures, mean['chance'][k])}")
+        print(f"  {k}{also}: {evaluation.with_random(figures, mean['chance'][k])}")
     if not mean:
         print("  no classes, so no R@k; the nearest of the first queries, with cosines:")
         for query, near in [*results[0]["neighbours"].items()][:3]:
-            print(f"  {query}: {', '.join(f'{g} {near[g]:.2f}' for g in [*near][:3])}")
+            names = (f"{name} {cosine:.2f}" for name, cosine in [*near.items()][:3])
+            print(f"  {query}: {', '.join(names)}")
     if args.features:
         print(f"next: python tools/neighbours.py {shlex.quote(args.features)} --out neighbours.png")
 
@@ -194,31 +187,32 @@ def print_results(args, results, mean, file):
 def main(argv=None):
     args = parse_args(argv)
     rank, device = init_distributed()
-    networks = load_networks(args, device)
+    networks = evaluation.load_networks(args, device)
 
     # Features
-    parts = load_parts(args, (args.gallery, args.query))
+    parts = evaluation.load_parts(args, (args.gallery, args.query))
     features = []
     for gallery, query in parts:
-        extracted = extract(networks, gallery, args, device)
-        same = args.gallery == args.query
-        features.append((extracted, extracted if same else extract(networks, query, args, device)))
+        extracted = evaluation.extract(networks, gallery, args, device)
+        other = extracted if query is gallery else evaluation.extract(networks, query, args, device)
+        features.append((extracted, other))
     if rank:
         return
 
     # Neighbours
     results, first = [], next(iter(networks))                   # the checkpoint, if there is one
-    own = args.dataset == "folder" or not {args.gallery, args.query} <= PARTS
+    own = args.dataset in ("folder", "kinetics400") or not {args.gallery, args.query} <= PARTS
     if own and not args.features:
-        args.features = f"{result_folder(args, networks[first].arch)}/features.npz"
+        folder = evaluation.result_folder(args, networks[first].arch)
+        args.features = f"{folder}/features.npz"
     for number, pair in zip(args.split, features):
         gallery, query = map(readable, pair)
         expected = len(pair[1].split.paths)
         recalls, neighbours = retrieve(gallery, query, expected, args.k, device)
         nearest, cosines = neighbours[first]
         results.append(dict(
-            split=number, gallery=counts(pair[0].split, pair[0].failed),
-            query=counts(pair[1].split, pair[1].failed), recall=recalls))
+            split=number, gallery=evaluation.counts(pair[0].split, pair[0].failed),
+            query=evaluation.counts(pair[1].split, pair[1].failed), recall=recalls))
         if number == args.split[0] and args.features:
             save_features(args.features, gallery, query, nearest, cosines)
         if number == args.split[0] and own:
@@ -230,7 +224,7 @@ def main(argv=None):
         mean[name] = {k: float(np.mean([result["recall"][name][k] for result in results]))
                       for k in recalls}
     name = f"retrieval-{args.dataset}"
-    file = write_result(args, name, networks[first], recall=mean, splits=results)
+    file = evaluation.write_result(args, name, networks[first], recall=mean, splits=results)
     print_results(args, results, mean, file)
 
 

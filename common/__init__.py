@@ -18,6 +18,6 @@ def write_text(file, text, errors="surrogateescape"):
 
 
 def write_json(file, *rows, indent=None):
-    """Write JSON, row after row, names as they are; bytes that are not UTF-8 become escapes."""
+    """Write one JSON value after another, names as they are; bytes that are not UTF-8 escaped."""
     lines = [json.dumps(row, indent=indent, ensure_ascii=False, allow_nan=False) for row in rows]
     write_text(file, "".join(f"{line}\n" for line in lines), "backslashreplace")

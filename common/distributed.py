@@ -17,7 +17,7 @@ STOP = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT     # they e
 
 
 def torchrun(name, default=0):
-    """A number that torchrun sets, with RANK; WORLD_SIZE alone is of a template of Slurm or so."""
+    """An int that torchrun sets; without RANK, as in templates of Slurm, it does not count."""
     return int(os.environ.get(name, default)) if "RANK" in os.environ else default
 
 

@@ -117,8 +117,11 @@ def load_networks(args, device):
 
 def load_parts(args, parts):
     """Two parts of each of --split, scanned by rank 0 -> [(Split, Split), ...]"""
-    return [tuple(on_rank0(load_and_scan, args, number, part) for part in parts)
-            for number in args.split]
+    rows = []
+    for number in args.split:
+        splits = [on_rank0(load_and_scan, args, number, part) for part in dict.fromkeys(parts)]
+        rows.append((splits[0], splits[-1]))                    # one folder is scanned once
+    return rows
 
 
 def extract(networks, split, args, device):

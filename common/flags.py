@@ -20,7 +20,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses by a UserError: one sentence, which rank 0 alone prints."""
+    """A parser whose errors are UserErrors: one sentence, which rank 0 alone prints."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False)
@@ -170,10 +170,12 @@ def table_of_defaults(defaults):
 
 def fill_defaults(parser, args, defaults):
     """Give the flags that were not given the data set's values; check what needs several flags."""
+    if "warmup_epochs" in defaults:                             # paper silent: of short runs
+        tenth = (args.epochs or defaults["epochs"]) / 10
+        defaults = defaults | dict(warmup_epochs=min(defaults["warmup_epochs"], tenth))
     for name, value in defaults.items():
         if getattr(args, name) is None:
-            # paper silent: a short run must not end in its warm-up
-            setattr(args, name, min(value, args.epochs / 10) if name == "warmup_epochs" else value)
+            setattr(args, name, value)
     if "warmup_epochs" in defaults and args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if args.data is None and args.dataset == "toy":
@@ -186,8 +188,9 @@ def fill_defaults(parser, args, defaults):
 
 
 def check_batch_size(size, unit, why, videos):
-    """UserError, with a size that works: not a multiple of `unit`, or larger than the data set."""
-    right = min(size, videos) // unit * unit
-    if size != right or not right:
+    """UserError: not a multiple of `unit`, or larger than the data set; it says what to give."""
+    right = max(unit, min(size, videos) // unit * unit)
+    if size != right or right > videos:
+        advice = f": give {right}" if right <= videos else ""
         raise UserError(f"--batch-size {size} must be a multiple of {unit} ({why}) and at most "
-                        f"{videos}, the usable videos" + f": give {right}" * bool(right))
+                        f"{videos}, the usable videos{advice}")

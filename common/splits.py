@@ -5,10 +5,11 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,7 +43,7 @@ class Split:
     """Videos of a data set.
 
     paths are relative to root; labels index classes (None: unlabelled).
-    failed has the missing videos, and after the scan the undecodable ones too; it prints the notes.
+    failed has the missing videos, and after the scan the undecodable ones too.
     """
     title: str
     root: Path
@@ -52,7 +53,7 @@ class Split:
     files: dict                                                 # path -> existing file
     shapes: dict = field(default_factory=dict)                  # path -> frames, height, width
     failed: dict = field(default_factory=dict)                  # path -> reason
-    notes: list = field(default_factory=list)
+    notes: list = field(default_factory=list)                   # lines that the scan prints
 
 
 # ---- Official lists: root, folder of the lists, split, "train" or "test" -> rows, classes ----
@@ -132,9 +133,11 @@ def is_video(path):
 
 
 def find_files(root):
-    """Find all files below a folder -> sorted relative paths of videos, by suffix, and of others"""
+    """Find all files below a folder -> sorted relative paths: videos, irregular files, others"""
     paths = sorted(path for _, paths in walk(root) for path in paths)
-    return [list(filter(is_video, paths)), [path for path in paths if not is_video(path)]]
+    videos = list(filter(is_video, paths))
+    regular = [path for path in videos if os.path.isfile(root / path)]
+    return regular, sorted({*videos} - {*regular}), [path for path in paths if not is_video(path)]
 
 
 def own_folder(dataset, root, part):
@@ -146,7 +149,7 @@ def own_folder(dataset, root, part):
     if not training:
         return labelled_folder(dataset, root)
     train = labelled_folder(f"{dataset} {training}", root / training)
-    train.notes.insert(0, f"{root}: the training videos are those in {training}")
+    train.notes.append(f"{root}: the training videos are those in {training}")
     if part == "train":
         return train
     if not testing:
@@ -157,28 +160,33 @@ def own_folder(dataset, root, part):
 def own_parts(root):
     """Find the folders of training and of test videos in a folder -> their names, "" for none.
 
-    Training: "train", or a name like it of a folder that has a sub-folder, a class, in common with
-    another. Test: a name like "val" or "test". UserError: which is for training is not clear.
+    Training: "train", or a similar name if it shares a class, a sub-folder, with another folder.
+    Test: "val" or "test", or a similar name likewise. UserError: it is not clear which.
     """
     classes = {name: subfolders(root / name) for name in sorted(subfolders(root))}
-    alike = [(a, b) for a, b in combinations(classes, 2) if classes[a] & classes[b]]
-    equal = [(a, b) for a, b in alike if classes[a] == classes[b]]
-    like = {word: [name for name in classes if re.search(f"(?<![a-z]){word}", name.lower())]
-            for word in ("train", "val", "test")}
-    train = [name for name in like["train"] if name in chain(*alike)]
-    train = ["train"] if "train" in classes else train
+    folders = Counter(chain(*classes.values()))                 # class -> number of its folders
+    sets = Counter(classes.values())
+
+    def called(word):
+        exact = [name for name in classes if name.lower() == word]
+        similar = [name for name in classes if re.search(f"(?<![a-z]){word}", name.lower())]
+        return exact or [name for name in similar if any(folders[c] > 1 for c in classes[name])]
+
+    train = called("train")
+    test = [name for name in called("val") + called("test") if name not in train]
+    equal = [name for name in classes if classes[name] and sets[classes[name]] > 1]
     if len(train) > 1 or equal and not train:
-        one, two = (equal or alike)[0]
-        raise UserError(f"{root}: {one} and {two} have the same sub-folders, like the parts of a "
-                        'data set: call the one for training "train"')
+        raise UserError(f"{root}: {' and '.join((train or equal)[:2])} have sub-folders in common. "
+                        'If they are parts, call the training part "train"; if they are classes, '
+                        'move all class folders into a folder "train"')
     if len(classes) == 1 and "train" in classes[one := min(classes)]:
-        raise UserError(f"{root} has one folder, and that has train: give --data {root / one}")
-    test = [name for name in like["val"] + like["test"] if name not in train]
-    return (*train, "")[0], (*test, "")[0]
+        raise UserError(f"{root} has only {one}, which has train: give --data {root / one}")
+    return (train[0], (*test, "")[0]) if train else ("", "")
 
 
 def subfolders(folder):
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and VISIBLE(entry.name)}
+    folders = (entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return frozenset(filter(VISIBLE, folders))
 
 
 def labelled_folder(title, root, classes=None):
@@ -187,21 +195,22 @@ def labelled_folder(title, root, classes=None):
     Labels are the class folders, if there are two or more and every video is in one, or `classes`.
     UserError: there is no video, or one of no class.
     """
-    paths, others = find_files(root)
+    paths, irregular, others = find_files(root)
+    notes = []
+    for kind, names in (("that are not regular", irregular), ("without a video suffix", others)):
+        if names:
+            notes.append(f"{title}: skipped {len(names)} {kind}: {', '.join(names[:10])}")
     if not paths:
-        raise UserError(f"{title}: no videos in {root}")
+        raise UserError("; ".join([f"{title}: no videos in {root}", *notes]))
     names = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
     if classes is None:
         classes = [] if "" in names or len(set(names)) < 2 else sorted(set(names))
     elif classes and not set(names) <= set(classes):
         path = next(path for path, name in zip(paths, names) if name not in classes)
-        raise UserError(f"{title}: {root / path} is in no class folder of training")
+        raise UserError(f"{title}: {root / path} is in no class folder of the training set")
     labels = [classes.index(name) if classes else None for name in names]
-    files = {path: root / path for path in paths if (root / path).is_file()}
-    failed = {path: "not a regular file" for path in paths if path not in files}
-    notes = [f"{title}: {len(others)} files have no suffix of videos, the first: {others[0]}"
-             ] if others else []
-    return Split(title, root, paths, labels, classes, files, failed=failed, notes=notes)
+    files = {path: root / path for path in paths}
+    return Split(title, root, paths, labels, classes, files, notes=notes)
 
 
 # ---- A split of a data set ----
@@ -225,13 +234,15 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     place = {name.lower(): k for k, name in enumerate(classes)}
     paths = [path for path, _ in rows]
     labels = [place[name.lower()] for _, name in rows]
-    videos = [path for path in find_files(root)[0] if (root / path).is_file()]
+    videos, *_ = find_files(root)
     existing = {path.lower(): root / path for path in videos}
     files = {path: existing[path.lower()] for path in paths if path.lower() in existing}
-    names, title = {path.lower() for path in paths}, f"{dataset} {part} split {split}"
-    for top, _, path in (video.partition(os.sep) for video in videos):
-        if path.lower().removeprefix("rgb/") in names and not files:
-            raise UserError(f"{title}: the videos are below --data: give --data {root / top}")
+    title = f"{dataset} {part} split {split}"
+    if not files:
+        names = {path.lower() for path in paths}
+        for top, _, path in (video.partition(os.sep) for video in videos):
+            if path.lower().removeprefix("rgb/") in names:
+                raise UserError(f"{title}: no videos, but in {top}: give --data {root / top}")
     failed = {path: "not found" for path in paths if path not in files}
     return Split(title, root, paths, labels, classes, files, failed=failed)
 
@@ -245,12 +256,13 @@ def load_and_scan(args, number, part):
         check_failed(split, args.index)                         # before a scan of hours
         check_failed(scan(split, args.index, args.workers), args.index)
     else:
-        split = scan(load_split("folder", part), args.index, args.workers)
+        split = load_split("folder", part)
         split.title = part
+        scan(split, args.index, args.workers)
     return split
 
 
-def check_failed(split, index=None):
+def check_failed(split, index):
     """UserError: more than MAX_BAD of the videos failed; a file beside the index names them all."""
     if len(split.failed) > MAX_BAD * len(split.paths):
         file = Path(index or default_index(split.root)).with_suffix(".failed.txt")
@@ -258,8 +270,8 @@ def check_failed(split, index=None):
         write_text(file, "".join(rows))
         raise UserError(f"{split.title}: {len(split.failed)} of {len(split.paths)} videos "
                         f"in {split.root} are missing or undecodable, more than {MAX_BAD:.0%}: "
-                        f"{listed(split.failed)}; {file} names all: mend them, or delete those "
-                        "that are in no list")
+                        f"{listed(split.failed)}; {file} names all: mend or replace them, or, "
+                        "in own folders, delete them")
 
 
 def listed(failed):
@@ -313,10 +325,9 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
            videos; an error may not last. An entry is valid while the size and modification time of
            the video are unchanged.
     """
-    print(*split.notes, sep="\n", end="\n" * bool(split.notes), file=sys.stderr)
     index = Path(index or default_index(split.root))
     entries = json.loads(index.read_text("utf-8")) if index.exists() else {}
-    stamps, early, saved = {}, {}, time.monotonic()
+    stamps, reasons = {}, {}
     for path, file in split.files.items():
         key, stat = os.path.abspath(file), file.stat()
         stamps[path] = key, [stat.st_size, stat.st_mtime_ns]
@@ -324,6 +335,7 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
         if stamp == stamps[path][1]:
             split.shapes[path] = tuple(shape)
     todo = [path for path in split.files if path not in split.shapes]
+    saved = time.monotonic()
     # Decoding releases the GIL, so threads suffice. Closing the results cancels what is pending.
     with ThreadPoolExecutor(max(1, workers)) as pool, \
             closing(pool.map(probe, [str(split.files[path]) for path in todo])) as results, \
@@ -332,7 +344,7 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
             if shape[0]:
                 split.shapes[path] = tuple(shape)
             if reason:
-                (early if shape[0] else split.failed)[path] = reason
+                reasons[path] = reason
             else:
                 key, stamp = stamps[path]
                 entries[key] = [stamp, *shape]
@@ -341,9 +353,12 @@ def scan(split: Split, index=None, workers: int = 1) -> Split:
                 saved = time.monotonic()
     if todo:
         write_json(index, entries)
-
+    early = {path: reasons.pop(path) for path in [*reasons] if path in split.shapes}
+    split.failed |= reasons
     if early:
-        print(f"{split.title}: {len(early)} end early: {listed(early)}", file=sys.stderr)
+        split.notes.append(f"{split.title}: {len(early)} videos end early: {listed(early)}")
+    for note in split.notes:
+        print(note, file=sys.stderr)
     return split
 
 

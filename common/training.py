@@ -159,8 +159,8 @@ def lock(out):
 class Progress:
     """The steps of a training loop, with a progress bar and OUT/log.jsonl; used in a `with`.
 
-    The signals in STOP end it after the step in hand. A file gets a line for each line of the log,
-    no bar. step, steps: the first and the last; clips: clips of a step, over all processes.
+    The signals in STOP end it after the step in hand. If stderr is no terminal, each log entry is a
+    line instead. step, steps: the first and the last; clips: clips of a step, over all processes.
     """
 
     def __init__(self, out, step, steps, steps_per_epoch, clips, args, device):

@@ -167,7 +167,7 @@ def copy_upright(frame, turn, target, top=0, left=0):
 
 
 def orientation(frame):
-    """Whether a player transposes a frame, then flips its rows, its columns, to turn it upright.
+    """Find what turns a frame upright -> transpose, flip rows, flip columns: in this order or not.
 
     The file's display matrix maps column x and row y to column a x + c y and row b x + d y.
     """
@@ -181,7 +181,7 @@ def orientation(frame):
 
 
 def upright(picture, turn):
-    """View a picture, (H, W) or (H, W, 3), as `orientation` says."""
+    """Turn a picture, (H, W) or (H, W, 3), upright, as a view; turn: from `orientation`."""
     transpose, flip_rows, flip_columns = turn
     picture = picture.swapaxes(0, 1) if transpose else picture
     return picture[::-1 if flip_rows else 1, ::-1 if flip_columns else 1]

@@ -164,13 +164,13 @@ def test_features_are_the_same_bit_for_bit_whatever_the_seed_and_the_workers(
 
 def test_both_networks_are_evaluated_as_loaded_and_the_random_one_is_that_of_the_seed(
         world, checkpoint, tmp_path, monkeypatch):
-    networks = {}
+    networks, load_networks = {}, evaluation.load_networks
 
     def spy(args, device):
-        networks.update(evaluation.load_networks(args, device))
+        networks.update(load_networks(args, device))
         return networks
 
-    monkeypatch.setattr(linear_probe, "load_networks", spy)
+    monkeypatch.setattr(evaluation, "load_networks", spy)
     probe(world, checkpoint, tmp_path, "--seed", 3)
     torch.manual_seed(3)
     expected = dict(checkpoint=torch.load(checkpoint, weights_only=True)["backbone"],

@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 import linear_probe
+from common import evaluation
 from common.evaluation import Features
 from common.splits import Split, sources
 
@@ -127,9 +128,9 @@ def test_C_auto_takes_five_folds_or_what_the_smallest_class_allows(
     assert linear_probe.count_folds([0] * 7 + [1] * 4, range(11)) == 4
     lists = dict(trainlist01=official(1, "train")[:9], testlist01=official(1, "test"))
     lists = write_lists(tmp_path / "lists", CLASSES, **lists)       # one video of the second class
-    monkeypatch.setattr(linear_probe, "extract", pytest.fail)
+    monkeypatch.setattr(evaluation, "extract", pytest.fail)
     argv = evaluation_words(world, checkpoint, tmp_path, "--C", "auto", "--annotations", lists)
-    assert "--C auto needs two source videos of each class" in fails(linear_probe.main, argv)
+    assert "--C auto needs two source videos per class" in fails(linear_probe.main, argv)
 
 
 def test_C_auto_with_workers_ends_without_an_error(world, checkpoint, tmp_path):

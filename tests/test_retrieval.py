@@ -177,15 +177,20 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
         assert nearest == list(neighbours[name]) and row[-1] == -1
 
 
+@pytest.mark.parametrize("dataset", ["folder", "kinetics400"])
 def test_without_classes_the_nearest_of_three_queries_are_shown_and_how_to_draw_them(
-        own, checkpoint, tmp_path, capsys):
+        own, checkpoint, tmp_path, capsys, dataset):
+    videos = ["--gallery", own, "--query", own]
+    if dataset == "kinetics400":
+        videos = ["--dataset", dataset, "--data", own]
     retrieval.main([str(word) for word in (
-        "--checkpoint", checkpoint, "--gallery", own, "--query", own, "--windows", 2,
-        "--workers", 0, "--out", tmp_path / "a b")])
-    file = tmp_path / "a b" / "retrieval-folder.json"
+        *videos, "--checkpoint", checkpoint, "--windows", 2, "--workers", 0, "--out",
+        tmp_path / "a b")])
+    printed = capsys.readouterr()
+    file = tmp_path / "a b" / f"retrieval-{dataset}.json"
     neighbours = read_json(file)["splits"][0]["neighbours"]
-    *_, head, reason, one, two, three, last = capsys.readouterr().out.splitlines()
-    assert head == f"retrieval on folder, split 1 ({file})" and "no classes, so no R@k" in reason
+    *_, head, reason, one, two, three, last = printed.out.splitlines()
+    assert head == f"retrieval on {dataset}, split 1 ({file})" and "no classes, so no R" in reason
     for line, (query, near) in zip((one, two, three), neighbours.items()):
         nearest = ", ".join(f"{path} {cosine:.2f}" for path, cosine in [*near.items()][:3])
         assert line == f"  {query}: {nearest}"

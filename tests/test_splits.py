@@ -12,7 +12,15 @@ import pytest
 from conftest import INVALID, LENGTHS, numbered_frames, write_lists, write_video
 
 from common import UserError, splits, write_text
-from common.splits import check_test, labelled_folder, load_and_scan, load_split, scan, usable
+from common.splits import (
+    check_test,
+    labelled_folder,
+    load_and_scan,
+    load_split,
+    own_parts,
+    scan,
+    usable,
+)
 
 
 def touch(root, *names, text=""):
@@ -119,7 +127,7 @@ def test_a_folder_gives_all_its_videos_with_class_folders_as_labels(tmp_path, da
     assert split.files == {path: root / path for path in paths} and split.paths == paths
     classes = [split.classes[k] for k in split.labels]
     assert classes == ["linked", "run", "run", "walk", "walk"]
-    assert split.notes == [f"{dataset}: 2 files have no suffix of videos, the first: run/notes.txt"]
+    assert split.notes == [f"{dataset}: skipped 2 without a video suffix: run/notes.txt, walk/mp4"]
 
 
 @pytest.mark.parametrize("suffix", ["MTS", "m2ts", "vob", "ogv", "asf", "3g2", "divx"])
@@ -149,10 +157,11 @@ def test_own_train_and_test_folders_have_the_classes_of_train(tmp_path, test):
 
 @pytest.mark.parametrize("train, test", [
     ("videos_train", "videos_val"), ("Train", "Test"), ("training", "validation"),
-    ("train_256", "val_256")])
+    ("train_256", "val_256"), ("train", "val")])
 def test_folders_with_the_same_classes_are_parts_by_their_names(tmp_path, train, test):
-    root = touch(tmp_path, *(f"{part}/{name}/a.mp4" for part in (train, test, "invalid")
-                             for name in ("run", "walk")), f"{train}/jump/a.mp4")
+    parts = train, test, "invalid", *(["a_val"] if test == "val" else [])
+    root = touch(tmp_path, *(f"{part}/{name}/a.mp4" for part in parts for name in ("run", "walk")),
+                 f"{train}/jump/a.mp4", "val_labels/a.txt")
     for part, folder, labels in (("train", train, [0, 1, 2]), ("test", test, [1, 2])):
         split = load_split("folder", root, part=part)
         assert split.files.keys() == {path: root / folder / path for path in split.paths}.keys()
@@ -162,18 +171,26 @@ def test_folders_with_the_same_classes_are_parts_by_their_names(tmp_path, train,
         assert split.notes == (said if part == "train" else [])
 
 
+def test_parts_without_classes_are_parts_too(tmp_path):
+    root = touch(tmp_path, "Train/a.mp4", "Test/b.mp4")
+    assert [load_split("folder", root, part=part).paths for part in ("train", "test")] == [
+        ["a.mp4"], ["b.mp4"]]
+
+
 def test_class_folders_are_no_parts(tmp_path):
-    root = touch(tmp_path, "training dog/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/val/c.ts")
-    assert load_split("folder", root).classes == ["train 1", "training dog", "walk"]
+    root = touch(tmp_path, "training dog/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/val/c.ts",
+                 "test drive/a.mp4")
+    assert load_split("folder", root).classes == ["test drive", "train 1", "training dog", "walk"]
+    assert own_parts(root) == ("", "")
 
 
 @pytest.mark.parametrize("paths, part, sentence", [
-    (["a/run/1.mp4", "b/run/1.mp4"], "train", 'a and b have .* call the one for training "train"'),
-    (["train1/run/1.mp4", "train2/run/1.mp4"], "train", "train1 and train2 have the same"),
+    (["a/run/1.mp4", "b/run/1.mp4", "0/x/1.mp4"], "train", 'a and b have .* call .* part "train"'),
+    (["train1/run/1.mp4", "train2/run/1.mp4"], "train", "train1 and train2 have sub-folders in"),
     (["K400/train/run/1.mp4", "K400/val/run/1.mp4"], "train", "has train: give --data .*/K400$"),
     (["train/a/1.mp4", "other/b/1.mp4"], "test", "has no folder val or test, only train"),
     (["train/a/1.mp4", "train/b/1.mp4", "val/c/1.mp4"], "test", "val/c/1.mp4 is in no class"),
-    (["readme.txt"], "train", "folder: no videos in ")])
+    (["a.rmvb"], "train", "no videos in .*; folder: skipped 1 without a video suffix: a.rmvb")])
 def test_folders_that_are_not_clear_are_refused(tmp_path, paths, part, sentence):
     with pytest.raises(UserError, match=sentence):
         load_split("folder", touch(tmp_path, *paths), part=part)
@@ -187,18 +204,18 @@ def test_data_one_folder_too_high_is_told_the_right_one(tmp_path, dataset, path,
     touch(tmp_path, "Diving48_V2_train.json", text='[{"vid_name": "a", "label": 7}]')
     touch(tmp_path, f"{below}/{path}")
     right = tmp_path / below.split("/")[0]
-    with pytest.raises(UserError, match=f"are below --data: give --data {right}$"):
+    with pytest.raises(UserError, match=f"no videos, but in .*: give --data {right}$"):
         load_split(dataset, tmp_path)
     assert load_split(dataset, right, tmp_path).files
 
 
-def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path):
+def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path, capsys):
     root = touch(tmp_path, "a.mp4")
     (root / "b.mp4").symlink_to("nowhere")
     os.mkfifo(root / "c.mp4")                                   # to open it would wait for ever
     split = scan(labelled_folder("own", root), tmp_path / "index.json")
-    assert split.failed == {"b.mp4": "not a regular file", "c.mp4": "not a regular file",
-                            "a.mp4": INVALID}
+    assert split.paths == ["a.mp4"]
+    assert "own: skipped 2 that are not regular: b.mp4, c.mp4\n" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -268,7 +285,7 @@ def test_failed_files_of_any_name_are_named_with_the_reason_and_tried_again(
     for count in (12, 12 + 2):
         split = scan(load_split("folder", copy), tmp_path / "index.json")
         assert split.failed == {
-            "run/00.avi": INVALID, "run/02.avi": "not a regular file", name: INVALID}
+            "run/00.avi": INVALID, name: INVALID}
         assert len(split.shapes) == 10 and len(decoded) == count
 
 
@@ -299,7 +316,7 @@ def test_a_video_that_is_cut_off_is_named(tmp_path, capsys):
         split = scan(load_split("folder", tmp_path), tmp_path / "index.json")
         assert split.shapes["whole.mp4"][0] == 60 > split.shapes["half.mp4"][0] > 0
         reason = "the file ends inside a frame"
-        assert f"folder: 1 end early: half.mp4 ({reason})\n" in capsys.readouterr().err
+        assert f"folder: 1 videos end early: half.mp4 ({reason})\n" in capsys.readouterr().err
 
 
 def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch):
@@ -322,7 +339,7 @@ def test_more_than_one_failed_video_in_twenty_is_an_error(tmp_path, monkeypatch)
         f"{root}/Run/00.avi\tnot found\n{root}/Run/01.avi\tno moov\n{root}/Run/02.avi\tno moov\n")
     for path in paths[1:3]:
         (root / path).unlink()
-    with pytest.raises(UserError, match=f"; {tmp_path}/i.failed.txt names all: mend them, or"):
+    with pytest.raises(UserError, match=f"; {tmp_path}/i.failed.txt names all: mend or replace"):
         load_and_scan(args, 1, "train")
 
 

@@ -4,8 +4,8 @@
     python tools/shrink.py K400 K400-144 --size 144 --quality 3
 
 Each video becomes MPEG-4 in MP4, whatever its suffix: FFmpeg, and so every reader here, goes by a
-file's content. Other files are copied byte for byte. The same command resumes. DST/shrink.jsonl
-lists what could not be read, and why.
+file's content. Other files are copied byte for byte; names that begin with . or @ are left out. The
+same command resumes. DST/shrink.jsonl lists what could not be read, and why.
 """
 import io
 import json
@@ -174,7 +174,7 @@ def prepare(source, target, settings):
         raise UserError(f"{source} and {target} must not lie in one another")
     if target.exists() and any(target.iterdir()):
         report = target / REPORT
-        if not report.exists() or json.loads(report.read_text().split("\n")[0]) != settings:
+        if not report.exists() or json.loads(report.read_text("utf-8").split("\n")[0]) != settings:
             raise UserError(f"{target} is not a copy with {settings}: give another DST")
     for left in target.glob(f"{TMP}*"):                 # by a killed run
         shutil.rmtree(left)

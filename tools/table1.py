@@ -198,7 +198,7 @@ def accuracies(args, row, column, network=None):
     for seed in args.seeds:
         file = args.out / f"{row}-{seed}" / name.format(args.dataset)
         if file.exists():
-            result = json.loads(file.read_text())
+            result = json.loads(file.read_text("utf-8"))
             if k:
                 found.append(result["recall"][network][k])
             else:
