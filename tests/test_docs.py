@@ -5,9 +5,10 @@ import math
 import re
 import shlex
 
+import av
 import numpy as np
 import pytest
-from conftest import ROOT, log_lines, read_rows, train
+from conftest import ROOT, log_lines, numbered_frames, numbers, read_rows, train, write_video
 
 import finetune
 import linear_probe
@@ -15,6 +16,7 @@ import models
 import pretrain
 import retrieval
 from common import toy
+from common.video import decode, probe
 from tools import curves, neighbours, preview, psi
 
 README = (ROOT / "README.md").read_text()
@@ -130,6 +132,27 @@ def test_a_strangers_path_from_clone_to_results(tmp_path, monkeypatch, capsys):
         assert words_of in printed
     for file in ("figure2.png", "curves.png", "neighbours.png", "psi.png", "psi.json"):
         assert (tmp_path / file).stat().st_size > 1000
+
+
+def test_a_long_video_is_cut_as_data_md_says_without_losing_a_frame(tmp_path):
+    command = re.search(r"ffmpeg (-i .*)", PAGES["docs/data.md"])[1]
+    words = dict(zip(*[iter(shlex.split(command)[:-1])] * 2))       # all flags have a value
+    assert words["-c"] == "copy" and words["-map"] == "0:V:0"       # as below
+    frames = numbered_frames(200)
+    long = write_video(tmp_path / "long.mp4", frames, "libx264", preset="ultrafast", g="50")
+    muxer = dict(segment_time="3", reset_timestamps=words["-reset_timestamps"])
+    with av.open(str(long)) as source, av.open(
+            str(tmp_path / "%05d.mp4"), "w", format=words["-f"], options=muxer) as pieces:
+        stream = pieces.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                pieces.mux(packet)
+    files = sorted(tmp_path.glob("0*.mp4"))
+    lengths = [probe(file)[0] for file in files]
+    assert lengths == [100, 50, 50]                                 # after 3 and 6 s, at key frames
+    shown = [numbers(decode(file, range(n))) for file, n in zip(files, lengths)]
+    assert sum(shown, []) == list(range(200))
 
 
 # ---- What the pages name ----

@@ -92,7 +92,7 @@ def run_script(source, target):
     runpy.run_path(shrink.__file__, run_name="__main__")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_it_leaves_no_half_file_and_resumes(originals, tmp_path, number):
     def videos():
         """{path: when it was written}"""
