@@ -183,7 +183,8 @@ class Videos(torch.utils.data.Dataset):
     def __init__(self, split, paths):
         self.files = np.array([os.fsencode(split.files.get(path, "")) for path in paths])
         self.shapes = np.array([split.shapes.get(path, (0, 0, 0)) for path in paths])
-        sha256 = hashlib.sha256(repr([*zip(paths, self.shapes[:, 0].tolist())]).encode())
+        names = map(os.fsencode, paths)                         # equal in every locale
+        sha256 = hashlib.sha256(repr([*zip(names, self.shapes[:, 0].tolist())]).encode())
         self.identity = dict(videos=len(paths), names_and_frames=sha256.hexdigest()[:8])
 
     def __len__(self):

@@ -7,7 +7,8 @@
 Writes OUT/log.jsonl, OUT/checkpoint.pt (the same command resumes from it) and OUT/backbone.pt.
 """
 import contextlib
-import importlib.util
+import importlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -87,8 +88,11 @@ def try_flags(args, device):
         load_backbone(args.init, args.arch)
     if args.sync_bn and device.type == "cpu":
         raise UserError("--sync-bn needs a GPU")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    if args.tensorboard:
+        try:
+            importlib.import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     if args.compile:
         try:
             torch.compile(lambda x: x.sin())(torch.ones(1, device=device))
@@ -293,7 +297,8 @@ def next_command(args):
     words, own = ["linear_probe.py"], args.dataset in ("kinetics400", "folder")
     train, test = own_parts(Path(args.data)) if own else ("", "")
     if own and not (test and len(subfolders(Path(args.data, train))) > 1):
-        words = ["retrieval.py", "--gallery", args.data, "--query", args.data]
+        folder = os.path.join(".", args.data)                   # "train" would be a part
+        words = ["retrieval.py", "--gallery", folder, "--query", folder]
     elif (args.dataset, args.data) != ("toy", "toy-videos"):
         words += ["--dataset", args.dataset, "--data", args.data]
     if args.split != 1:

@@ -103,7 +103,9 @@ def find_lists(root, annotations, folder, pattern):
         files = [file for file in sorted(place.glob(pattern)) if not file.name.startswith("._")]
         if files:
             return files
-    raise UserError(f"no list {pattern} in {' or '.join(map(str, places))} (--annotations)")
+    below = sorted(root.glob(f"*/{pattern}"))                   # --data is one folder too high
+    hint = f": give --data {below[0].parent}" if below else " (--annotations)"
+    raise UserError(f"no list {pattern} in {' or '.join(map(str, dict.fromkeys(places)))}{hint}")
 
 
 def read_lines(file):
@@ -168,19 +170,19 @@ def own_parts(root):
     sets = Counter(classes.values())
 
     def called(word):
-        exact = [name for name in classes if name.lower() == word]
-        similar = [name for name in classes if re.search(f"(?<![a-z]){word}", name.lower())]
+        exact = [name for name in classes if re.fullmatch(word, name.lower())]
+        similar = [n for n in classes if re.search(f"(?<![a-z ])({word})(?![a-z ])", n.lower())]
         return exact or [name for name in similar if any(folders[c] > 1 for c in classes[name])]
 
-    train = called("train")
-    test = [name for name in called("val") + called("test") if name not in train]
+    train = called("train|training")
+    test = called("val|valid|validation") + called("test|testing")
     equal = [name for name in classes if classes[name] and sets[classes[name]] > 1]
     if len(train) > 1 or equal and not train:
         raise UserError(f"{root}: {' and '.join((train or equal)[:2])} have sub-folders in common. "
                         'If they are parts, call the training part "train"; if they are classes, '
                         'move all class folders into a folder "train"')
-    if len(classes) == 1 and "train" in classes[one := min(classes)]:
-        raise UserError(f"{root} has only {one}, which has train: give --data {root / one}")
+    if len(classes) == 1 and "train" in map(str.lower, classes[one := min(classes)]):
+        raise UserError(f"{root} has only {one}, and that has train: give --data {root / one}")
     return (train[0], (*test, "")[0]) if train else ("", "")
 
 

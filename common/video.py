@@ -60,9 +60,10 @@ def read_frames(path):
             raise ValueError("no video stream that FFmpeg decodes")
         stream.codec_context.thread_count = 1               # frame threads hang on broken files
         cut_off = False
-        with closing(container.demux(stream)) as packets:   # an unclosed generator leaks memory
+        with closing(container.demux()) as packets:         # an unclosed generator leaks memory
             for packet in packets:
-                yield from packet.decode()
+                if packet.stream_index == stream.index:
+                    yield from packet.decode()
                 cut_off = packet.is_corrupt if packet.size else cut_off
         if cut_off:
             raise ValueError("the file ends inside a frame")

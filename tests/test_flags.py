@@ -1,8 +1,8 @@
 """Each script's defaults are the paper's; wrong commands end in one sentence."""
-import importlib.util
 import os
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -165,7 +165,8 @@ def test_what_a_flag_needs_is_tried_before_the_scan(
         world, tmp_path, monkeypatch, flags, sentence):
     monkeypatch.setenv("PATH", "none")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)       # as if it were not installed
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setattr(pretrain, "load_and_scan", pytest.fail)
     assert re.search(sentence, fails(pretrain.main, words(world, tmp_path, *flags.split())))
 

@@ -1,5 +1,4 @@
 """pretrain.py: a run equals a plain loop over the equations; what it learns, logs and writes."""
-import importlib.util
 import shlex
 import sys
 from argparse import Namespace
@@ -185,7 +184,6 @@ def test_tensorboard_gets_the_values_of_the_log(world, tmp_path, monkeypatch):
     scalars, module = {}, type(sys)("tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     train(world, tmp_path, "--epochs", 1, "--tensorboard")
     logged = {(name, line["step"]): value for line in log_lines(tmp_path)
               for name, value in line.items() if name not in ("step", "epoch")}
@@ -290,13 +288,14 @@ def test_init_gives_the_backbone_its_weights(world, whole, tmp_path):
     ("--dataset ucf101 --data v --annotations 'a b' --split 3", linear_probe,
      dict(dataset="ucf101", data="v", annotations="a b", split=[3])),
     ("--dataset folder --data plain --index i.json", retrieval,
-     dict(dataset="folder", gallery="plain", query="plain", index="i.json")),
+     dict(dataset="folder", gallery="./plain", query="./plain", index="i.json")),
     ("--dataset kinetics400 --data parts", linear_probe, dict(data="parts")),
-    ("--dataset folder --data flat", retrieval, dict(gallery="flat", query="flat"))])
+    ("--dataset folder --data flat", retrieval, dict(gallery="./flat", query="./flat")),
+    ("--dataset folder --data train", retrieval, dict(gallery="./train", query="./train"))])
 def test_the_next_command_evaluates_this_run(tmp_path, monkeypatch, flags, script, expected):
     monkeypatch.chdir(tmp_path)
     for folder in ("plain/run", "plain/walk", "parts/train/run", "parts/train/walk",
-                   "parts/val/walk", "flat/train", "flat/val"):
+                   "parts/val/walk", "flat/train", "flat/val", "train"):
         write_video(tmp_path / folder / "a.avi", drifting(1))
     args = pretrain.parse_args(["--out", "out", *shlex.split(flags)])
     python, file, *argv = shlex.split(pretrain.next_command(args))

@@ -157,9 +157,9 @@ def test_own_train_and_test_folders_have_the_classes_of_train(tmp_path, test):
 
 @pytest.mark.parametrize("train, test", [
     ("videos_train", "videos_val"), ("Train", "Test"), ("training", "validation"),
-    ("train_256", "val_256"), ("train", "val")])
+    ("train_256", "val_256"), ("train", "test")])
 def test_folders_with_the_same_classes_are_parts_by_their_names(tmp_path, train, test):
-    parts = train, test, "invalid", *(["a_val"] if test == "val" else [])
+    parts = train, test, "invalid", "valentines"
     root = touch(tmp_path, *(f"{part}/{name}/a.mp4" for part in parts for name in ("run", "walk")),
                  f"{train}/jump/a.mp4", "val_labels/a.txt")
     for part, folder, labels in (("train", train, [0, 1, 2]), ("test", test, [1, 2])):
@@ -178,8 +178,8 @@ def test_parts_without_classes_are_parts_too(tmp_path):
 
 
 def test_class_folders_are_no_parts(tmp_path):
-    root = touch(tmp_path, "training dog/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/val/c.ts",
-                 "test drive/a.mp4")
+    root = touch(tmp_path, "training dog/x/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/x/c.ts",
+                 "test drive/a.mp4", "train 1/z/a.mp4")
     assert load_split("folder", root).classes == ["test drive", "train 1", "training dog", "walk"]
     assert own_parts(root) == ("", "")
 
@@ -187,7 +187,7 @@ def test_class_folders_are_no_parts(tmp_path):
 @pytest.mark.parametrize("paths, part, sentence", [
     (["a/run/1.mp4", "b/run/1.mp4", "0/x/1.mp4"], "train", 'a and b have .* call .* part "train"'),
     (["train1/run/1.mp4", "train2/run/1.mp4"], "train", "train1 and train2 have sub-folders in"),
-    (["K400/train/run/1.mp4", "K400/val/run/1.mp4"], "train", "has train: give --data .*/K400$"),
+    (["K400/Train/run/1.mp4", "K400/val/run/1.mp4"], "train", "has train: give --data .*/K400$"),
     (["train/a/1.mp4", "other/b/1.mp4"], "test", "has no folder val or test, only train"),
     (["train/a/1.mp4", "train/b/1.mp4", "val/c/1.mp4"], "test", "val/c/1.mp4 is in no class"),
     (["a.rmvb"], "train", "no videos in .*; folder: skipped 1 without a video suffix: a.rmvb")])
@@ -207,6 +207,11 @@ def test_data_one_folder_too_high_is_told_the_right_one(tmp_path, dataset, path,
     with pytest.raises(UserError, match=f"no videos, but in .*: give --data {right}$"):
         load_split(dataset, tmp_path)
     assert load_split(dataset, right, tmp_path).files
+    for file in tmp_path.glob("*.*"):
+        file.rename(right / file.name)                          # the lists, too
+    with pytest.raises(UserError, match=f"no list .* in {tmp_path} .*: give --data {right}$"):
+        load_split(dataset, tmp_path)
+    assert load_split(dataset, right).files
 
 
 def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path, capsys):
