@@ -168,7 +168,7 @@ def copy_upright(frame, turn, target, top=0, left=0):
 
 
 def orientation(frame):
-    """Find what turns a frame upright -> transpose, flip rows, flip columns: in this order or not.
+    """How to turn a frame upright -> whether to transpose it, then flip its rows, its columns.
 
     The file's display matrix maps column x and row y to column a x + c y and row b x + d y.
     """
