@@ -64,15 +64,14 @@ def average_crops(network, split, args, device, softmax=False):
         num_workers=args.workers, worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available())
     outputs, failed = {}, {}
-    with tqdm(videos, split.title, unit="video", disable=rank > 0) as bar:
-        for v, clips, reason in bar:
-            if reason:
-                failed[v] = reason
-                continue
-            clips = normalise(views_of(clips.to(device, non_blocking=True), args.size, args.crops))
-            with autocast(args.amp, device):
-                output = network(clips).float()                 # (C * W, K)
-            outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()   # (K,)
+    for v, clips, reason in tqdm(videos, split.title, unit="video", disable=rank > 0):
+        if reason:
+            failed[v] = reason
+            continue
+        clips = normalise(views_of(clips.to(device, non_blocking=True), args.size, args.crops))
+        with autocast(args.amp, device):
+            output = network(clips).float()                     # (C * W, K)
+        outputs[v] = (output.softmax(1) if softmax else output).mean(0).cpu()       # (K,)
     for others, reasons in gather_objects((outputs, failed)):
         outputs |= others
         failed |= reasons

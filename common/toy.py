@@ -119,11 +119,10 @@ def make_toy(root):
                         f"give another --data, or remove it")
     tmp = root.with_name(f"{root.name}.{os.getpid()}")
     try:
-        with tqdm(VIDEOS, f"make {root}", unit="video") as bar:
-            for seed, (cls, group, clip) in enumerate(bar):
-                path = f"{cls}/v_{cls}_g{group:02d}_c{clip:02d}.avi"
-                write_video(tmp / path, toy_video(cls, np.random.default_rng(seed)))
-                lists["testlist01.txt" if group <= TEST_GROUPS else "trainlist01.txt"].append(path)
+        for seed, (cls, group, clip) in enumerate(tqdm(VIDEOS, f"make {root}", unit="video")):
+            path = f"{cls}/v_{cls}_g{group:02d}_c{clip:02d}.avi"
+            write_video(tmp / path, toy_video(cls, np.random.default_rng(seed)))
+            lists["testlist01.txt" if group <= TEST_GROUPS else "trainlist01.txt"].append(path)
         (tmp / "ucfTrainTestlist").mkdir()
         for name, lines in lists.items():
             (tmp / "ucfTrainTestlist" / name).write_text("\n".join(lines) + "\n")

@@ -150,10 +150,16 @@ def test_ctrl_c_during_the_scan_ends_it_in_one_sentence(world, tmp_path, monkeyp
 
 def test_ctrl_c_during_an_evaluation_ends_it_in_a_sentence_below_the_bar(
         world, checkpoint, tmp_path, monkeypatch, capsys):
+    def exit(sentence):
+        before.append(capsys.readouterr().err)
+        raise SystemExit(sentence)
+    before = []
     monkeypatch.setattr(evaluation, "views_of", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(sys, "exit", exit)
     argv = evaluation_words(world, checkpoint, tmp_path)
     assert fails(linear_probe.main, argv) == "SCRIPT: interrupted"
-    assert capsys.readouterr().err.endswith("\n")       # a bar that is not closed ends in no "\n"
+    assert before[0].endswith("\n")                     # a bar that is not closed ends in no "\n"
+    assert capsys.readouterr().err == ""                # nor is it drawn again
 
 
 def test_a_toy_set_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):

@@ -180,6 +180,7 @@ def test_videos_without_classes_have_neighbours_other_than_themselves_and_no_rec
 @pytest.mark.parametrize("dataset", ["folder", "kinetics400"])
 def test_without_classes_the_nearest_of_three_queries_are_shown_and_how_to_draw_them(
         own, checkpoint, tmp_path, capsys, dataset):
+    (own / "notes.txt").touch()
     videos = ["--gallery", own, "--query", own]
     if dataset == "kinetics400":
         videos = ["--dataset", dataset, "--data", own]
@@ -187,6 +188,8 @@ def test_without_classes_the_nearest_of_three_queries_are_shown_and_how_to_draw_
         *videos, "--checkpoint", checkpoint, "--windows", 2, "--workers", 0, "--out",
         tmp_path / "a b")])
     printed = capsys.readouterr()
+    scans = printed.err.count("skipped 1 without a video suffix: notes.txt")
+    assert scans == (1 if dataset == "folder" else 2)       # one folder is scanned once
     file = tmp_path / "a b" / f"retrieval-{dataset}.json"
     neighbours = read_json(file)["splits"][0]["neighbours"]
     *_, head, reason, one, two, three, last = printed.out.splitlines()

@@ -179,8 +179,9 @@ def test_parts_without_classes_are_parts_too(tmp_path):
 
 def test_class_folders_are_no_parts(tmp_path):
     root = touch(tmp_path, "training dog/x/a.mp4", "train 1/x/a.mp4", "walk/y/b.mp4", "walk/x/c.ts",
-                 "test drive/a.mp4", "train 1/z/a.mp4")
-    assert load_split("folder", root).classes == ["test drive", "train 1", "training dog", "walk"]
+                 "test drive/a.mp4", "train 1/z/a.mp4", "train_station/a.mp4")
+    assert load_split("folder", root).classes == [
+        "test drive", "train 1", "train_station", "training dog", "walk"]
     assert own_parts(root) == ("", "")
 
 
