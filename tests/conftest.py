@@ -68,10 +68,11 @@ def write_video(path, pictures, codec="mpeg4", stamps=None, muxer=None, **option
     stamps: the time stamp of each, in frames; muxer: its options; options: the encoder's.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pixels = options.pop("pixel_format", "yuvj420p" if codec == "mjpeg" else "yuv420p")
     with av.open(os.fspath(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, _ = pictures[0].shape
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = pixels
         for n, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
             frame.pts = stamps[n] if stamps else n
