@@ -39,6 +39,8 @@ def parse_args(argv=None):
     args.k = sorted(set(args.k))
     if not PARTS & {args.gallery, args.query}:                  # both are folders
         args.dataset, args.data = "folder", args.gallery
+    elif args.dataset == "toy" and not {args.gallery, args.query} <= PARTS:
+        parser.error("--gallery and --query are a folder each, or one goes with --dataset, --data")
     return fill_defaults(parser, args, {})
 
 

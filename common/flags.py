@@ -191,6 +191,8 @@ def check_batch_size(size, unit, why, videos):
     """UserError: not a multiple of `unit`, or larger than the data set; it says what to give."""
     right = max(unit, min(size, videos) // unit * unit)
     if size != right or right > videos:
+        fault = f"is larger than the {videos} usable videos"
+        if size <= videos:
+            fault = f"is not a multiple of {unit} ({why})"
         advice = f": give {right}" if right <= videos else ""
-        raise UserError(f"--batch-size {size} must be a multiple of {unit} ({why}) and at most "
-                        f"{videos}, the usable videos{advice}")
+        raise UserError(f"--batch-size {size} {fault}{advice}")

@@ -151,7 +151,7 @@ def own_folder(dataset, root, part):
     if not training:
         return labelled_folder(dataset, root)
     train = labelled_folder(f"{dataset} {training}", root / training)
-    train.notes.append(f"{root}: the training videos are those in {training}")
+    train.notes.append(f"{root}: only the videos in {training} are used")
     if part == "train":
         return train
     if not testing:
@@ -199,7 +199,7 @@ def labelled_folder(title, root, classes=None):
     """
     paths, irregular, others = find_files(root)
     notes = []
-    for kind, names in (("that are not regular", irregular), ("without a video suffix", others)):
+    for kind, names in (("links or pipes", irregular), ("without a video suffix", others)):
         if names:
             notes.append(f"{title}: skipped {len(names)} {kind}: {', '.join(names[:10])}")
     if not paths:
@@ -227,7 +227,7 @@ def load_split(dataset: str, data, annotations=None, split: int = 1, part: str =
     """
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"the video folder {root} does not exist (--data)")
+        raise UserError(f"the video folder {root} does not exist")
     if dataset not in LISTS:
         return own_folder(dataset, root, part)
     rows, classes = LISTS[dataset](root, annotations, split, part)
@@ -292,9 +292,9 @@ def usable(split, T=16):
     report = f"{split.title}: {len(split.paths)} videos{published}, {len(good)} usable"
     if split.failed:
         report += f"; {len(split.failed)} failed: {listed(split.failed)}"
-    short = len(split.paths) - len(good) - len(split.failed)
+    short = [path for path, (frames, *_) in split.shapes.items() if frames < T]
     if short:
-        report += f"; {short} shorter than {T} frames"
+        report += f"; {len(short)} shorter than {T} frames: {', '.join(short[:10])}"
     return good, report
 
 

@@ -110,7 +110,7 @@ def resume(out, args, **stateful):
                if name not in MAY_CHANGE and state["args"].get(name) != value]
     if changed:
         raise UserError(f"{file} is of another run ({', '.join(changed)}): give another --out, or "
-                        "the same arguments and processes")
+                        "the same arguments, videos and processes")
     for name, part in stateful.items():
         part.load_state_dict(state[name])
     on_rank0(trim_log, out / "log.jsonl", state["step"])

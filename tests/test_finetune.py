@@ -182,4 +182,4 @@ def test_predict_classifies_a_folder_as_the_test_does_and_names_broken_videos(
     sentence = "9 of 10 videos scored; 1 could not be read and have no prediction: 1/broken.avi"
     printed = capsys.readouterr()
     assert sentence in printed.out
-    assert "skipped 2 that are not regular: 0/link.avi, 0/pipe.avi" in printed.err
+    assert "skipped 2 links or pipes: 0/link.avi, 0/pipe.avi" in printed.err

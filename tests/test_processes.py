@@ -134,7 +134,7 @@ def train_and_get_a_signal(argv, number):
 
 
 @pytest.mark.parametrize("flag, sentence", [
-    ("--batch-size", "error: --batch-size 6 must be"),
+    ("--batch-size", "error: --batch-size 6 is not"),
     ("--epoch", "error: unrecognized arguments: --epoch 6")])
 def test_a_refusal_ends_every_process_and_only_rank_0_says_why(
         world, tmp_path, capsys, flag, sentence):

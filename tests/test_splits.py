@@ -167,7 +167,7 @@ def test_folders_with_the_same_classes_are_parts_by_their_names(tmp_path, train,
         assert split.files.keys() == {path: root / folder / path for path in split.paths}.keys()
         assert split.title == f"folder {folder}" and split.labels == labels
         assert split.classes == ["jump", "run", "walk"]
-        said = [f"{root}: the training videos are those in {train}"]
+        said = [f"{root}: only the videos in {train} are used"]
         assert split.notes == (said if part == "train" else [])
 
 
@@ -221,7 +221,7 @@ def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path, capsys
     os.mkfifo(root / "c.mp4")                                   # to open it would wait for ever
     split = scan(labelled_folder("own", root), tmp_path / "index.json")
     assert split.paths == ["a.mp4"]
-    assert "own: skipped 2 that are not regular: b.mp4, c.mp4\n" in capsys.readouterr().err
+    assert "own: skipped 2 links or pipes: b.mp4, c.mp4\n" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -358,6 +358,7 @@ def test_failed_and_short_videos_are_left_out_of_training_and_named():
     assert good == [f"{k}.avi" for k in range(16, 30)]
     assert report == (
         "hmdb51 test split 3: 22 videos (published: 1530), 14 usable; "
-        "2 failed: gone.avi (not found), bad.avi (no moov); 6 shorter than 16 frames")
+        "2 failed: gone.avi (not found), bad.avi (no moov); 6 shorter than 16 frames: "
+        "10.avi, 11.avi, 12.avi, 13.avi, 14.avi, 15.avi")
     good, report = usable(replace(split, title="own"), T=20)
     assert len(good) == 10 and report.startswith("own: 22 videos, 10 usable; ")
