@@ -52,6 +52,10 @@ def commands(page):
     return found
 
 
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 COMMANDS = sorted(set().union(*map(commands, PAGES)))
 
 
@@ -64,8 +68,7 @@ def test_the_pages_name_a_command_for_each_stage():
 
 @pytest.mark.parametrize("script, argv, processes", COMMANDS)
 def test_each_command_parses_and_its_batch_splits_over_its_processes(script, argv, processes):
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    args = module.parse_args(shlex.split(argv))
+    args = module_of(script).parse_args(shlex.split(argv))
     if script in ("pretrain.py", "finetune.py"):
         parts = processes * vars(args).get("accumulate", 1)
         groups = 2 if script == "pretrain.py" else 1
@@ -85,8 +88,7 @@ def test_readmes_commands_for_own_videos_run_as_printed(tmp_path, monkeypatch):
             toy.write_video(file, toy.toy_video(cls, np.random.default_rng(seed)))
     section = README.split("## Your own videos")[1].split("\n## ")[0]
     for _, script, argv in START.findall(section):
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        module.main(shlex.split(argv))
+        module_of(script).main(shlex.split(argv))
     out = tmp_path / "runs" / "folder-r3d18_narrow"
     assert log_lines(out)[-1]["epoch"] == 50 and (tmp_path / "neighbours.png").exists()
     rows = read_rows(out / "finetune-folder-4x-1" / "predictions.jsonl")

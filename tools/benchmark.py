@@ -8,7 +8,6 @@ First the training step by itself, for each backbone, batch size and precision. 
 of each, the loader by itself and both together, with 0, 1, 2, 4, ... worker processes. What is
 compared is timed in turn, in one run. Rates are medians, in clips/s: two for each pair of clips.
 """
-import json
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch.optim import AdamW
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import write_text
+from common import write_json
 from common.distributed import init_distributed, run
 from common.flags import Parser, paper_defaults, positive_int, usable_cores
 from common.splits import PUBLISHED, load_split, scan, usable
@@ -204,7 +203,7 @@ def main(argv=None):
     result["paper_hours"] = paper_hours(max(both.values()))
     print(f"{result['verdict']}\nThe paper's ablation run, 7.5 million clips, would take "
           f"{result['paper_hours']:.1f} hours at this rate")
-    write_text(args.out, json.dumps(result, indent=1))
+    write_json(args.out, result, indent=1)
 
 
 if __name__ == "__main__":

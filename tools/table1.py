@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UserError, write_text
+from common import UserError, write_json, write_text
 from common.distributed import run
 from common.flags import Parser, non_negative_int, positive_int, usable_cores
 from common.splits import find_lists, read_lines
@@ -120,7 +120,7 @@ def check_settings(args):
     file = args.out / "settings.json"
     if file.exists() and json.loads(file.read_text()) != args.settings:
         raise UserError(f"{file} differs from {args.settings}: give another --out")
-    write_text(file, json.dumps(args.settings, indent=1))
+    write_json(file, args.settings, indent=1)
 
 
 # ---- Runs ----
