@@ -62,8 +62,8 @@ def training_clips(args, split):
     _, world = rank_and_world()
     paths, report = usable(split, T=1)                      # short videos repeat their last frame
     print(report, file=sys.stderr)
-    why = f"{world} process(es), each with two videos at least, for BatchNorm"
-    flags.check_batch_size(args.batch_size, 2 * world, why, len(paths))
+    why = f"{world} process(es), two videos each for BatchNorm"
+    flags.check_batch_size(args.batch_size, world, 2 * world, why, len(paths))
     return Clips(split, paths, args.frames, args.size, args.step, args.seed)
 
 

@@ -109,8 +109,9 @@ def prepare(args):
     split = load_and_scan(args, args.split, "train")
     paths, report = usable(split, args.speeds[0] * (args.frames - 1) + 1)   # of the slowest clip
     print(report, file=sys.stderr)
+    unit = 2 * world * args.accumulate
     why = f"groups of 2 videos, {world} process(es), {args.accumulate} part(s)"
-    flags.check_batch_size(args.batch_size, 2 * world * args.accumulate, why, len(paths))
+    flags.check_batch_size(args.batch_size, unit, unit, why, len(paths))
     clips = 4 if "distinct" in args.losses else 2
     return Pairs(split, paths, args.frames, args.size, args.speeds, args.seed, args.equivariance,
                  clips)

@@ -187,12 +187,14 @@ def fill_defaults(parser, args, defaults):
     return args
 
 
-def check_batch_size(size, unit, why, videos):
-    """UserError: not a multiple of `unit`, or larger than the data set; it says what to give."""
-    right = max(unit, min(size, videos) // unit * unit)
+def check_batch_size(size, unit, least, why, videos):
+    """UserError, with a size that works: no multiple of `unit`, below `least`, above `videos`."""
+    right = max(least, min(size, videos) // unit * unit)
     if size != right or right > videos:
-        fault = f"is larger than the {videos} usable videos"
-        if size <= videos:
-            fault = f"is not a multiple of {unit} ({why})"
+        fault = f"is not a multiple of {unit} ({why})"
+        if size < least:
+            fault = f"is less than {least} ({why})"
+        if size > videos:
+            fault = f"is larger than the {videos} usable videos"
         advice = f": give {right}" if right <= videos else ""
         raise UserError(f"--batch-size {size} {fault}{advice}")

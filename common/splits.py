@@ -103,7 +103,8 @@ def find_lists(root, annotations, folder, pattern):
         files = [file for file in sorted(place.glob(pattern)) if not file.name.startswith("._")]
         if files:
             return files
-    below = sorted(root.glob(f"*/{pattern}"))                   # --data is one folder too high
+    # without --annotations, --data is one folder too high
+    below = [] if annotations else sorted(root.glob(f"*/{pattern}"))
     hint = f": give --data {below[0].parent}" if below else " (--annotations)"
     raise UserError(f"no list {pattern} in {' or '.join(map(str, dict.fromkeys(places)))}{hint}")
 
@@ -181,7 +182,7 @@ def own_parts(root):
         raise UserError(f"{root}: {' and '.join((train or equal)[:2])} have sub-folders in common. "
                         'If they are parts, call the training part "train"; if they are classes, '
                         'move all class folders into a folder "train"')
-    if len(classes) == 1 and "train" in map(str.lower, classes[one := min(classes)]):
+    if not train and len(classes) == 1 and "train" in map(str.lower, classes[one := min(classes)]):
         raise UserError(f"{root} has only {one}, and that has train: give --data {root / one}")
     return (train[0], (*test, "")[0]) if train else ("", "")
 

@@ -12,7 +12,7 @@ import finetune
 import linear_probe
 import pretrain
 import retrieval
-from common import evaluation, flags
+from common import UserError, evaluation, flags
 from common.distributed import run
 from models import BACKBONES, LOSSES
 
@@ -126,10 +126,10 @@ WRONG = [                               # script, flags, regular expression of t
     (pretrain, "--batch-size 7", "--batch-size 7 is not a multiple of 2 .*: give 6$"),
     (pretrain, "--batch-size 26", "--batch-size 26 is larger than the 24 usable videos: give 24$"),
     (pretrain, "--accumulate 3", "--batch-size 8 is not a multiple of 6 .*: give 6$"),
-    (pretrain, "--accumulate 13", r"not a multiple of 26 \(.*13 part\(s\)\)$"),
-    (pretrain, "--batch-size 1", "--batch-size 1 is not a multiple of 2 .*: give 2$"),
-    (finetune, "--batch-size 1", "--batch-size 1 is not a multiple of 2 .* BatchNorm.*: give 2$"),
-    (finetune, "--batch-size 26", "--batch-size 26 is larger than the 24 usable videos: give 24$"),
+    (pretrain, "--accumulate 13", r"--batch-size 8 is less than 26 \(.*13 part\(s\)\)$"),
+    (pretrain, "--batch-size 1", r"--batch-size 1 is less than 2 \(groups of 2 .*: give 2$"),
+    (finetune, "--batch-size 1", "--batch-size 1 is less than 2 .*two videos each .*: give 2$"),
+    (finetune, "--batch-size 25", "--batch-size 25 is larger than the 24 usable videos: give 24$"),
     (pretrain, "--warmup-epochs 3.5", "--warmup-epochs 3.5 is longer than --epochs 3"),
     (finetune, "--epochs 2 --warmup-epochs 3", "--warmup-epochs 3.0 is longer than --epochs 2"),
     (pretrain, "--dataset ucf101 --data none", "video folder none does not exist$"),
@@ -177,6 +177,12 @@ def test_a_checkpoint_is_loaded_before_the_scan(world, tmp_path, monkeypatch, sc
     monkeypatch.setattr(evaluation, "load_and_scan", pytest.fail)
     argv = evaluation_words(world, "none.pt", tmp_path)
     assert "no such file: none.pt" in fails(script.main, argv)
+
+
+def test_a_batch_for_fine_tuning_may_be_odd():
+    flags.check_batch_size(25, 1, 2, "", 30)
+    with pytest.raises(UserError, match="8 is larger than the 7 usable videos: give 6$"):
+        flags.check_batch_size(8, 3, 6, "", 7)
 
 
 def test_a_data_set_needs_its_folder_and_predict_its_checkpoint():

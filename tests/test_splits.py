@@ -189,6 +189,7 @@ def test_class_folders_are_no_parts(tmp_path):
     (["a/run/1.mp4", "b/run/1.mp4", "0/x/1.mp4"], "train", 'a and b have .* call .* part "train"'),
     (["train1/run/1.mp4", "train2/run/1.mp4"], "train", "train1 and train2 have sub-folders in"),
     (["K400/Train/run/1.mp4", "K400/val/run/1.mp4"], "train", "has train: give --data .*/K400$"),
+    (["train/train/1.mp4"], "test", "has no folder val or test, only train"),
     (["train/a/1.mp4", "other/b/1.mp4"], "test", "has no folder val or test, only train"),
     (["train/a/1.mp4", "train/b/1.mp4", "val/c/1.mp4"], "test", "val/c/1.mp4 is in no class"),
     (["a.rmvb"], "train", "no videos in .*; folder: skipped 1 without a video suffix: a.rmvb")])
@@ -213,6 +214,12 @@ def test_data_one_folder_too_high_is_told_the_right_one(tmp_path, dataset, path,
     with pytest.raises(UserError, match=f"no list .* in {tmp_path} .*: give --data {right}$"):
         load_split(dataset, tmp_path)
     assert load_split(dataset, right).files
+
+
+def test_a_wrong_folder_of_lists_is_not_taken_for_wrong_data(tmp_path):
+    root = ucf(tmp_path, ["Run/a.avi"])
+    with pytest.raises(UserError, match=r"no list trainlist01.txt in none .*\(--annotations\)$"):
+        load_split("ucf101", root.parent, "none")
 
 
 def test_only_regular_files_are_videos_and_the_others_are_named(tmp_path, capsys):
