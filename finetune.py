@@ -3,7 +3,7 @@
     python finetune.py --checkpoint runs/toy-r3d18_narrow/backbone.pt
     torchrun --nproc_per_node=4 finetune.py --dataset ucf101 --data UCF-101 \\
         --annotations ucfTrainTestlist --checkpoint BACKBONE            # or: --checkpoint random
-    python finetune.py --dataset diving48 --data Diving48 --step 1 --checkpoint BACKBONE  # Table 4
+    python finetune.py --dataset diving48 --data Diving48 --checkpoint BACKBONE     # Table 4, 1x
     python finetune.py --predict MY_VIDEOS --checkpoint OUT/finetune-ucf101-4x-1/checkpoint.pt
 
 A new linear layer on F(x); the last epoch is tested, never the best on the test set. Writes

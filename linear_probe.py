@@ -19,7 +19,7 @@ from sklearn.svm import LinearSVC
 
 from common import UserError, evaluation
 from common.distributed import init_distributed, run
-from common.flags import evaluation_parser, fill_defaults, positive_float
+from common.flags import evaluation_defaults, evaluation_parser, fill_defaults, positive_float
 from common.splits import check_test, sources
 
 
@@ -33,7 +33,7 @@ def parse_args(argv=None):
         help="the SVM's C (paper silent), or auto: the best of 1e-5 ... 1e-1 in cross-validation "
         "on the training set, 5-fold if it allows, with clips of one source video kept together")
     args = parser.parse_args(argv)
-    return fill_defaults(parser, args, {})
+    return fill_defaults(parser, args, evaluation_defaults(args.dataset))
 
 
 def count_folds(y, groups):

@@ -22,7 +22,7 @@ import torch
 
 from common import evaluation
 from common.distributed import init_distributed, run
-from common.flags import evaluation_parser, fill_defaults, positive_int
+from common.flags import evaluation_defaults, evaluation_parser, fill_defaults, positive_int
 
 PARTS = {"train", "test"}                                       # of a data set; others are folders
 
@@ -41,7 +41,7 @@ def parse_args(argv=None):
         args.dataset, args.data = "folder", args.gallery
     elif args.dataset == "toy" and not {args.gallery, args.query} <= PARTS:
         parser.error("--gallery and --query are a folder each, or one goes with --dataset, --data")
-    return fill_defaults(parser, args, {})
+    return fill_defaults(parser, args, evaluation_defaults(args.dataset))
 
 
 # ---- Search ----

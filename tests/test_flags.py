@@ -32,7 +32,7 @@ def test_pretraining_takes_the_papers_values(dataset, arch):        # Sec. 3.4, 
     expected = dict(PAPER)
     if dataset == "kinetics400":
         expected |= dict(epochs=200, batch_size=dict(s3dg=256, r2plus1d18=192).get(arch, 512))
-    if arch == "r2plus1d18" or dataset.startswith("diving48"):
+    if arch == "r2plus1d18":
         expected |= dict(size=112)
     if arch == "s3dg":
         expected |= dict(frames=32)
@@ -40,7 +40,8 @@ def test_pretraining_takes_the_papers_values(dataset, arch):        # Sec. 3.4, 
     args = vars(pretrain.parse_args([*given, "--arch", arch]))
     assert args.items() >= (expected | TRAINING).items()
     assert args["out"] == f"runs/{dataset}-{arch}" and args["arch"] == arch
-    assert pretrain.parse_args(given).arch == "r3d18"
+    default = "r2plus1d18" if dataset.startswith("diving48") else "r3d18"
+    assert pretrain.parse_args(given).arch == default
 
 
 def test_pretraining_is_row_k_of_table_1():
@@ -60,13 +61,21 @@ def test_fine_tuning_takes_the_papers_values(dataset):              # Sec. 3.4, 
     if dataset == "toy":
         expected = dict(epochs=30, batch_size=16, lr=1e-3, warmup_epochs=1)
     args = vars(finetune.parse_args(["--dataset", dataset, "--data", "videos"]))
-    expected |= dict(crops="ten", windows=10, step=4, split=[1], checkpoint=None, predict=None)
+    expected |= dict(crops="ten", windows=10, split=[1], checkpoint=None, predict=None)
     assert args.items() >= (expected | TRAINING).items()
+
+
+@pytest.mark.parametrize("script", [finetune, linear_probe, retrieval])
+@pytest.mark.parametrize("dataset", ["toy", *DATASETS])
+def test_evaluations_skip_three_frames_and_none_on_diving48(dataset, script):   # Sec. 3.4, 4.2
+    step = 1 if dataset.startswith("diving48") else 4
+    assert script.parse_args(["--dataset", dataset, "--data", "videos"]).step == step
+    assert script.parse_args(["--dataset", dataset, "--data", "videos", "--step", "2"]).step == 2
 
 
 def test_features_are_those_of_section_3_4():
     expected = COMMON | dict(
-        crops="centre", windows=10, step=4, split=[1], checkpoint=None, out=None)
+        crops="centre", windows=10, split=[1], checkpoint=None, out=None)
     probe, retrieve = (vars(script.parse_args([])) for script in (linear_probe, retrieval))
     assert probe.items() >= (expected | dict(C=1e-3)).items()
     more = dict(gallery="train", query="test", k=[1, 5, 10, 20], features=None)
