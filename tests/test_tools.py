@@ -1,5 +1,6 @@
 """The tools that draw: their pictures and numbers are those of the data."""
 import itertools
+import math
 import os
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -12,7 +13,7 @@ from conftest import CPU, LENGTHS, load_checkpoint
 from common.splits import load_split, scan
 from data import MEAN, STD, Pairs, augment, collate
 from models import TimeEquivariant, load_backbone
-from tools import neighbours, preview, psi
+from tools import floor, neighbours, preview, psi
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,26 @@ def test_psi_is_the_networks_own_in_eval_mode(whole, pairs, monkeypatch):
     x = psi.encode(models, pairs, Namespace(workers=0, amp="off"), CPU)
     torch.testing.assert_close(x["a"], x["b"])
     assert not any(model.training for model in models.values())
+
+
+def test_the_floor_of_eq_1_for_a_psi_that_knows_a_part_of_pq():
+    e = math.exp(-10)                                           # d of orthogonal, over d of equal
+    pq = 1, 2, 3, 3                                             # two videos each
+    # an anchor of 1 or 2 has one positive and six negatives, one of 3 has three and four
+    for known, of_1_and_2, of_3, hits in (
+            ("aaaa", 1 + 6, 1 + 4, (1 / 7 + 3 / 7) / 2),
+            ("aabb", 1 + 2 + 4 * e, 1 + 4 * e, (1 / 3 + 1) / 2),
+            ("abcc", 1 + 6 * e, 1 + 4 * e, 1)):
+        loss = (math.log(of_1_and_2) + math.log(of_3)) / 2
+        assert floor.floor(pq, known) == pytest.approx((loss, hits))
+
+
+def test_the_floor_falls_with_what_psi_knows_and_grows_with_the_batch(capsys):
+    tables = []
+    for words in ("--length 128 --batch-size 8", "--length 128 --batch-size 48"):
+        floor.main(words.split())
+        lines = capsys.readouterr().out.splitlines()[1:]
+        tables.append([float(line.split("|")[1]) for line in lines])
+    for small, large in zip(*tables):
+        assert small < large
+    assert all(table == sorted(table, reverse=True) for table in tables)

@@ -1,0 +1,87 @@
+"""What L_equi asks for: Eq. 1 of a psi that knows only a part of pq, without any network.
+
+    python tools/floor.py --batch-size 192                                  # of the toy set
+    python tools/floor.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist
+    python tools/floor.py --length 250 --frames 16 --batch-size 512         # 10 s at 25 frames/s
+
+Takes the flags of pretrain.py. Draws batches as it does, from the lengths of its training videos or
+from videos of --length frames. Prints, for each part, the loss that is left, in nats, and how often
+the nearest psi has the same pq. What speeds and directions leave is what L_equi can teach beyond
+L_aux: the more, the larger the batch.
+"""
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pretrain
+from common.distributed import run
+from common.flags import Parser, positive_int
+from data import order_of, sample_pair
+from losses import loss_equi
+
+BATCHES = 100
+SHIFT = 32                                                      # frames: the nearest multiple
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--length", type=positive_int, help="frames of each video; reads none")
+    args, others = parser.parse_known_args(argv)
+    return pretrain.parse_args([*others, "--out", "floor"]), args.length
+
+
+def parts(p, q, T):
+    """Parts of what pq is, each more than the one before -> {name: value}"""
+    motion = p.speed, q.speed, p.reverse, q.reverse
+    order = *motion, order_of(p, q, T)
+    return {
+        "nothing": (),
+        "speeds, directions": motion,
+        "+ order": order,
+        "+ shift to 16 frames": (*order, round((q.start - p.start) / SHIFT))}
+
+
+def floor(pq, known, lam=0.1):
+    """Eq. 1 of a psi that is equal where the known part of pq is, and orthogonal elsewhere.
+
+    pq: (G,) ids of the groups of a batch; known: G values
+    -> loss, and how often one of the nearest psi, drawn at random, has the same pq
+    """
+    ids = [known.index(value) for value in known]
+    psi = torch.eye(len(pq), dtype=torch.float64)[ids].repeat_interleave(2, 0)      # (B, G)
+    pq = torch.as_tensor(pq).repeat_interleave(2)                                   # (B,)
+    i = torch.arange(len(pq))
+    nearest = (psi @ psi.T > 0) & (i[:, None] != i)                                 # (B, B)
+    same_pq = pq[:, None] == pq
+    hits = (nearest & same_pq).sum(1) / nearest.sum(1)
+    return loss_equi(psi, i, pq, lam=lam).item(), hits.mean().item()
+
+
+def main(argv=None):
+    args, length = parse_args(argv)
+    if length:
+        lengths = [length] * args.batch_size
+    else:
+        lengths = pretrain.prepare(args).shapes[:, 0].tolist()
+    rng, results = random.Random(args.seed), {}
+    for _ in range(BATCHES):
+        chosen, groups = rng.sample(lengths, args.batch_size), []
+        for pair in zip(chosen[::2], chosen[1::2]):
+            taus, labels = sample_pair(pair, args.frames, args.speeds, rng)
+            groups.append(parts(*taus[0], args.frames) | dict(pq=labels["pq"]))
+        columns = {name: [group[name] for group in groups] for name in groups[0]}
+        pq = columns.pop("pq")
+        for name, known in columns.items():
+            results.setdefault(name, []).append(floor(pq, known, args.lam))
+    print(f"psi knows, of {args.batch_size} videos | Eq. 1, nats | nearest has the same pq")
+    for name, pairs in results.items():
+        loss, hits = torch.tensor(pairs).mean(0).tolist()
+        print(f"{name:20} | {loss:.2f} | {100 * hits:.0f}%")
+
+
+if __name__ == "__main__":
+    run(main)
