@@ -3,15 +3,18 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, fails, read_json
+from conftest import ROOT, drifting, fails, read_json
 
 import pretrain
+from common.splits import load_split
+from common.toy import TOY_CLASSES, VIDEOS
 from tools import table1
 
 TINY = dict(
     shrink="16", clips="--arch r3d18_narrow --frames 2 --size 16",
-    pretrain="--batch-size 4 --epochs 1 --warmup-epochs 0",
+    batch_size=4, epochs=1, warmup_epochs=0, pretrain="",
     finetune="--batch-size 4 --epochs 1 --warmup-epochs 0 --windows 1 --crops centre")
 IMITATION = """
 import json
@@ -43,14 +46,52 @@ def commands(words, row):
     return [(Path(script).stem, more) for _, script, *more in found]
 
 
-@pytest.mark.parametrize("row", sorted(table1.ROWS.keys() - {"random"}))
+def changed(words, given):
+    """What words change in pretrain.py's arguments; videos and epochs: by which factor."""
+    args, default = (vars(pretrain.parse_args(more)) for more in ([*given, *words], given))
+    factors = {name: args[name] / default[name] for name in
+               ("batch_size", "epochs", "warmup_epochs") if args[name] != default[name]}
+    return {name: value for name, value in args.items() if value != default[name]} | factors
+
+
+@pytest.mark.parametrize("row", sorted(table1.ROWS.keys() - {"random", "distinct-aux"}))
 def test_each_row_is_pre_trained_with_the_flags_that_the_docs_give_it(row):
-    name = "d192" if row == "distinct" else row
     listed = (ROOT / "docs/results.md").read_text()
-    flags = re.search(rf"`\$P \$U --out runs/{name}( [^`]*)?`", listed)[1] or ""
-    ours = pretrain.parse_args(commands(["--out", "runs"], row)[0][1])
-    theirs = [*flags.split(), "--data", "toy-videos", "--seed", "7", "--out", f"runs/{row}-7"]
-    assert vars(ours) == vars(pretrain.parse_args(theirs)) | dict(workers=ours.workers)
+    flags = re.search(rf"`\$P \$U --out runs/{row}( [^`]*)?`", listed)[1] or ""
+    given = "--seed", "7", "--workers", "0", "--out", f"runs/{row}-7"
+    ours = changed(commands(["--out", "runs"], row)[0][1], given)
+    assert ours == changed(flags.split(), ["--dataset", "ucf101", "--data", "videos"])
+
+
+@pytest.mark.parametrize("words", [[], ["--large-batch"], ["--data", "videos"]])
+def test_all_rows_see_as_many_clips_in_as_many_steps(words):
+    seen = set()
+    for row in table1.ROWS.keys() - {"random"}:
+        args = pretrain.parse_args(commands(words, row)[0][1])
+        clips = args.batch_size * (4 if "distinct" in args.losses else 2)
+        passes = args.epochs, args.warmup_epochs                # with half the videos, twice the
+        seen.add((clips, *(each / args.batch_size for each in passes)))     # steps per epoch
+    assert len(seen) == 1
+
+
+def test_a_large_batch_of_the_toy_set_is_of_videos_of_all_classes_that_it_does_not_have(
+        tmp_path, monkeypatch):
+    drawn = []
+
+    def imitated_video(cls, rng):
+        drawn.append((cls, rng.random()))
+        return drifting(2)
+
+    monkeypatch.setattr(table1, "toy_video", imitated_video)
+    monkeypatch.setitem(table1.TOY_192, "generated", 40)
+    args = table1.parse_args(["--large-batch", "--out", str(tmp_path)])
+    table1.make_more_toy(args)
+    videos = load_split("folder", pretrain.parse_args(
+        commands(["--large-batch", "--out", str(tmp_path)], "k")[0][1]).data).files
+    assert len(videos) == len(set(drawn)) == 40
+    assert {cls for cls, _ in drawn} == set(TOY_CLASSES)
+    of_toy = {np.random.default_rng(seed).random() for seed in range(len(VIDEOS))}
+    assert not of_toy & {number for _, number in drawn}
 
 
 def test_all_scripts_get_the_seed_and_one_shape_of_clips():

@@ -2,10 +2,12 @@
 
     python tools/table1.py                                              # the toy set
     python tools/table1.py --data UCF-101 --annotations ucfTrainTestlist            # UCF101-8
+    python tools/table1.py --large-batch --rows g i j k distinct inst-distinct
     python tools/table1.py --data UCF-101 --picture table.png           # draw the results so far
 
 UCF101-8 is split 1 of UCF101 restricted to eight classes; OUT gets its lists and a shrunk copy of
-its videos. A run is a row with a seed: pretrain.py, linear_probe.py with C fixed and with C
+its videos. With --large-batch, the toy set is pre-trained on videos of OUT that are generated in
+addition to it. A run is a row with a seed: pretrain.py, linear_probe.py with C fixed and with C
 cross-validated, retrieval.py and, for four rows of UCF101-8, finetune.py. It writes to OUT/ROW-SEED
 and OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md.
 The same command resumes.
@@ -13,13 +15,16 @@ The same command resumes.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +32,7 @@ from common import UserError, write_json, write_text
 from common.distributed import run
 from common.flags import Parser, non_negative_int, positive_int, usable_cores
 from common.splits import find_lists, read_lines
-from common.toy import make_toy
+from common.toy import TOY_CLASSES, VIDEOS, make_toy, toy_video, write_video
 from common.training import default_amp, locked
 from tools import WIDTH, interrupt_on_signals, pyplot, shrink
 
@@ -46,23 +51,31 @@ ROWS = {                                                        # flags of pretr
     "l": "--losses inst equi speed",
     "m": "--losses inst equi speed order",
     "n": "--losses inst equi speed direction",
-    "distinct": "--losses inst distinct speed direction order"}                 # Fig. 5
+    "distinct": "--losses distinct",                            # Fig. 5
+    "inst-distinct": "--losses inst distinct",
+    "distinct-aux": "--losses inst distinct speed direction order"}             # not in the paper
 FINETUNED = ("random", "e", "g", "k")
 UCF101_8 = ("BabyCrawling", "BodyWeightSquats", "BoxingPunchingBag", "JugglingBalls",
             "JumpingJack", "Lunges", "Punch", "PushUps")
 
-# Flags of every row; shrink: short side of the videos; TOY: the defaults of the scripts
-TOY = dict(clips="", pretrain="", finetune="")
+# Settings of every row; TOY: the defaults of the scripts; shrink: short side of the videos
+TOY = dict(
+    clips="--arch r3d18_narrow --frames 8 --size 24",
+    batch_size=32, epochs=200, warmup_epochs=10, pretrain="--lr 2e-3")
 CPU = dict(
     shrink="64",
     clips="--arch r3d18_narrow --frames 8 --size 32",
-    pretrain="--batch-size 24 --epochs 400 --warmup-epochs 10 --lr 1e-3 --log-every 50",
+    batch_size=24, epochs=400, warmup_epochs=10, pretrain="--lr 1e-3 --log-every 50",
     finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
 GPU = dict(
     shrink="128",
     clips="--arch r3d18 --frames 16 --size 112",
-    pretrain="--batch-size 64 --epochs 120 --warmup-epochs 10 --lr 3e-4",
+    batch_size=64, epochs=120, warmup_epochs=10, pretrain="--lr 3e-4",
     finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
+# With --large-batch: 192 videos, as the paper's; generated: unlabelled videos
+TOY_192 = TOY | dict(batch_size=192, epochs=100, generated=1920)
+CPU_192 = CPU | dict(batch_size=192, epochs=600, pretrain="--lr 2e-3")
+GPU_192 = GPU | dict(batch_size=192, epochs=360)
 
 COLUMNS = {                                                     # result file, R@k of retrieval
     "linear SVM": ("linear_probe-{}.json", None),
@@ -79,21 +92,25 @@ def parse_args(argv=None):
     add("--annotations", help="folder of UCF101's lists (default: beside the videos)")
     add("--out", help="folder of what this command writes (default: below runs/)")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-        help="rows of Table 1; distinct: Fig. 5")
+        help=f"of {' '.join(ROWS)} (Table 1; distinct, inst-distinct: Fig. 5)")
     add("--seeds", nargs="+", type=non_negative_int, help="default: 0 1 2 on the toy set, else 0 1")
+    add("--large-batch", action="store_true", help="192 videos, as the paper's")
     add("--jobs", type=positive_int, default=4 if gpu else usable_cores(), help="runs at a time")
-    add("--epochs", type=positive_int, help="fewer epochs of training, for a rehearsal")
+    add("--epochs", type=positive_int, help="fewer, without warm-up, for a rehearsal")
     add("--picture", metavar="FILE.png", help="only draw the results so far")
     args = parser.parse_args(argv)
     args.dataset = "ucf101" if args.data else "toy"
-    args.out = Path(args.out or f"runs/table1-{args.dataset}")
+    name = f"{args.dataset}-192" if args.large_batch else args.dataset
+    args.out = Path(args.out or f"runs/table1-{name}")
     args.seeds = args.seeds or ([0, 1] if args.data else [0, 1, 2])
     args.videos = args.out / "UCF-101" if args.data else Path("toy-videos")
     args.workers = usable_cores() // args.jobs if gpu else 0
-    args.settings = dict(TOY if not args.data else GPU if gpu else CPU, amp=default_amp())
+    settings = (TOY, TOY_192) if not args.data else (GPU, GPU_192) if gpu else (CPU, CPU_192)
+    args.settings = settings[args.large_batch] | dict(amp=default_amp())
     if args.epochs:
-        args.settings["pretrain"] += f" --epochs {args.epochs}"
-        args.settings["finetune"] += f" --epochs {args.epochs}"
+        args.settings |= dict(epochs=args.epochs, warmup_epochs=0)
+        if args.data:
+            args.settings["finetune"] += f" --epochs {args.epochs} --warmup-epochs 0"
     return args
 
 
@@ -115,6 +132,22 @@ def make_ucf101_8(args):
         write_text(lists / name, "\n".join(rows[name]))
 
 
+def make_more_toy(args):
+    """Write the generated, unlabelled videos of --large-batch to OUT/videos, unless it exists.
+
+    Their seeds follow those of the toy set.
+    """
+    folder = args.out / "videos"
+    if folder.exists():
+        return
+    tmp = args.out / "videos.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)                      # left by an interruption
+    for k in tqdm(range(args.settings["generated"]), f"make {folder}", unit="video"):
+        cls, rng = TOY_CLASSES[k % len(TOY_CLASSES)], np.random.default_rng(len(VIDEOS) + k)
+        write_video(tmp / f"{k:04d}.avi", toy_video(cls, rng))
+    tmp.replace(folder)
+
+
 def check_settings(args):
     """UserError: OUT holds runs of other settings, which do not belong in one table."""
     file = args.out / "settings.json"
@@ -130,20 +163,35 @@ def steps(args, row, seed):
     folder = args.out / f"{row}-{seed}"
     probe, auto, neighbours, _, tuned = (
         folder / name.format(args.dataset) for name, _ in COLUMNS.values())
-    data = ["--dataset", args.dataset, "--data", args.videos, "--seed", seed,
-            "--workers", args.workers, *args.settings["clips"].split()]
-    test = [*data, "--checkpoint", "random" if row == "random" else folder / "backbone.pt"]
+    data = ["--dataset", args.dataset, "--data", args.videos]
+    unlabelled = ["--dataset", "folder", "--data", args.out / "videos"]
+    shared = ["--seed", seed, "--workers", args.workers, *args.settings["clips"].split()]
+    network = "random" if row == "random" else folder / "backbone.pt"
+    test = [*data, *shared, "--checkpoint", network]
     commands = [
         ("linear_probe.py", test, probe),
         ("linear_probe.py", [*test, "--C", "auto"], auto),
         ("retrieval.py", [*test, "--k", 1, 5], neighbours)]
     if row != "random":                                         # once probed, it is done
-        train = [*data, *args.settings["pretrain"].split(), *ROWS[row].split()]
-        commands.insert(0, ("pretrain.py", train, probe))
+        train = [*(unlabelled if "generated" in args.settings else data), *shared]
+        commands.insert(0, ("pretrain.py", [*train, *pretrain_flags(args, row)], probe))
     if row in FINETUNED and args.dataset != "toy":
         commands.append(("finetune.py", [*test, *args.settings["finetune"].split()], tuned))
     return [([*map(str, (sys.executable, ROOT / script, *flags, "--out", done.parent))], done)
             for script, flags, done in commands]
+
+
+def pretrain_flags(args, row):
+    """Those of a row and its settings, with as many clips a step and as many steps in every row.
+
+    Fig. 5's rows take four clips of a video instead of two, so half the videos a batch.
+    """
+    names = "batch_size", "epochs", "warmup_epochs"
+    numbers = [args.settings[name] for name in names]
+    if "distinct" in ROWS[row]:
+        numbers = [(number + 1) // 2 for number in numbers]
+    flags = [f"--{name.replace('_', '-')} {number}" for name, number in zip(names, numbers)]
+    return " ".join([ROWS[row], *flags, args.settings["pretrain"]]).split()
 
 
 def execute(args, row, seed, children, stopping):
@@ -266,6 +314,8 @@ def main(argv=None):
             make_ucf101_8(args)
         else:
             make_toy(args.videos)
+        if "generated" in args.settings:
+            make_more_toy(args)
         runs = [(row, seed) for seed in args.seeds for row in args.rows]
         todo = [each for each in runs if not all(done.exists() for _, done in steps(args, *each))]
         print(f"{len(todo)} of {len(runs)} runs to do, {args.jobs} at a time, in {args.out}")
