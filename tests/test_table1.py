@@ -35,6 +35,9 @@ figure += 0.02 * int(flags["--seed"]) + 0.1 * ("auto" in sys.argv)
 top1 = dict(checkpoint=figure, random=figure / 2)
 recall = {name: {"R@1": x, "R@5": x + 0.1} for name, x in (top1 | dict(chance=0.1)).items()}
 out.mkdir(parents=True, exist_ok=True)
+if script == "pretrain":
+    log = [dict(psi_nearest=n / 100 + figure, psi_chance=0.05) for n in range(12)]
+    (out / "log.jsonl").write_text("\\n".join(map(json.dumps, log)))
 (out / "tmp").write_text(json.dumps(dict(top1=top1, recall=recall, chance=0.125)))
 (out / "tmp").replace(out / f"{script}-toy.json")               # the table may be read meanwhile
 """
@@ -113,7 +116,8 @@ def test_the_table_of_a_real_run_on_ucf101_8_alone(world, tmp_path, monkeypatch,
         importlib.import_module(script).main(argv)
     table1.main(words)
     printed = capsys.readouterr().out
-    assert "0 of 1 runs to do" in printed and printed.endswith((tmp_path / "table.md").read_text())
+    written = (tmp_path / "table.md").read_text("utf-8")
+    assert "0 of 1 runs to do" in printed and printed.endswith(written)
     names = "linear_probe-ucf101", "auto/linear_probe-ucf101", "finetune-ucf101-4x"
     svm, auto, tuned = (
         read_json(tmp_path / f"k-7/{name}.json")["top1"]["checkpoint"] for name in names)
@@ -139,7 +143,11 @@ def test_the_table_has_means_and_half_ranges_of_the_seeds(run):
     assert Path("out/table.md").read_text().splitlines()[2:] == [
         "| random | 3 | 11.7 ± 2.0 | 16.7 ± 2.0 | 21.7 ± 2.0 | 31.7 ± 2.0 |  |",
         "| f | 3 | 23.3 ± 4.0 | 33.3 ± 4.0 | 43.3 ± 4.0 | 53.3 ± 4.0 |  |",
-        "| chance | | 12.5 | 12.5 | 10.0 | 20.0 |  |"]
+        "| chance | | 12.5 | 12.5 | 10.0 | 20.0 |  |",
+        "",
+        "| row (chance) | speed | direction | order | ψ's nearest | φ's nearest |",
+        "|---|---|---|---|---|---|",
+        "| f |  |  |  | 9.8 ± 4.0 (5.0) |  |"]                # of the last ten lines
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(run, monkeypatch, capsys):

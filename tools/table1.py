@@ -9,8 +9,8 @@ UCF101-8 is split 1 of UCF101 restricted to eight classes; OUT gets its lists an
 its videos. With --large-batch, the toy set is pre-trained on videos of OUT that are generated in
 addition to it. A run is a row with a seed: pretrain.py, linear_probe.py with C fixed and with C
 cross-validated, retrieval.py and, for four rows of UCF101-8, finetune.py. It writes to OUT/ROW-SEED
-and OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md.
-The same command resumes.
+and OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md, and
+below it what the heads get right at the end of pre-training. The same command resumes.
 """
 import json
 import os
@@ -83,6 +83,13 @@ COLUMNS = {                                                     # result file, R
     "1-NN": ("retrieval-{}.json", "R@1"),
     "R@5": ("retrieval-{}.json", "R@5"),
     "fine-tuned": ("finetune-{}-4x.json", None)}
+TASKS = {                                                       # keys of the log
+    "speed": ("speed_acc", "speed_chance"),
+    "direction": ("direction_acc", "direction_chance"),
+    "order": ("order_acc", "order_chance"),
+    "ψ's nearest": ("psi_nearest", "psi_chance"),
+    "φ's nearest": ("phi_nearest", "phi_chance")}
+LAST = 10                                                       # lines of the log
 
 
 def parse_args(argv=None):
@@ -259,6 +266,19 @@ def chance(args, column):
     return [x for row in ROWS for x in accuracies(args, row, column, "chance")][:1]
 
 
+def pretext(args, row, key):
+    """Mean of a value over the last lines of the log, of the seeds that are trained."""
+    found = []
+    for seed in args.seeds:
+        folder = args.out / f"{row}-{seed}"
+        if (folder / COLUMNS["linear SVM"][0].format(args.dataset)).exists() and ROWS[row]:
+            lines = (folder / "log.jsonl").read_text("utf-8").splitlines()[-LAST:]
+            values = [json.loads(line).get(key) for line in lines]
+            if values[0] is not None:
+                found.append(sum(values) / len(values))
+    return found
+
+
 def spread(values):
     """Mean ± half the range, in per cent."""
     if len(values) < 2:
@@ -267,7 +287,7 @@ def spread(values):
 
 
 def write_table(args):
-    """Print the table so far and write it to OUT/table.md."""
+    """Print the tables so far and write them to OUT/table.md."""
     lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in ROWS:
         cells = [spread(accuracies(args, row, column)) for column in COLUMNS]
@@ -276,6 +296,14 @@ def write_table(args):
             lines.append(f"| {row} | {seeds} | {' | '.join(cells)} |")
     cells = [spread(chance(args, column)) for column in COLUMNS]
     lines.append(f"| chance | | {' | '.join(cells)} |")
+    lines += ["", f"| row (chance) | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    for row in ROWS:
+        cells = []
+        for key, chance_key in TASKS.values():
+            right, by_chance = (pretext(args, row, name) for name in (key, chance_key))
+            cells.append(f"{spread(right)} ({spread(by_chance[:1])})" if right else "")
+        if any(cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
