@@ -145,7 +145,7 @@ def test_the_table_has_means_and_half_ranges_of_the_seeds(run):
         "| f | 3 | 23.3 ± 4.0 | 33.3 ± 4.0 | 43.3 ± 4.0 | 53.3 ± 4.0 |  |",
         "| chance | | 12.5 | 12.5 | 10.0 | 20.0 |  |",
         "",
-        "| row (chance) | speed | direction | order | ψ's nearest | φ's nearest |",
+        "| row (chance) | speed_acc | direction_acc | order_acc | psi_nearest | phi_nearest |",
         "|---|---|---|---|---|---|",
         "| f |  |  |  | 9.8 ± 4.0 (5.0) |  |"]                # of the last ten lines
 

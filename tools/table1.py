@@ -83,12 +83,7 @@ COLUMNS = {                                                     # result file, R
     "1-NN": ("retrieval-{}.json", "R@1"),
     "R@5": ("retrieval-{}.json", "R@5"),
     "fine-tuned": ("finetune-{}-4x.json", None)}
-TASKS = {                                                       # keys of the log
-    "speed": ("speed_acc", "speed_chance"),
-    "direction": ("direction_acc", "direction_chance"),
-    "order": ("order_acc", "order_chance"),
-    "ψ's nearest": ("psi_nearest", "psi_chance"),
-    "φ's nearest": ("phi_nearest", "phi_chance")}
+TASKS = "speed_acc", "direction_acc", "order_acc", "psi_nearest", "phi_nearest"  # of the log
 LAST = 10                                                       # lines of the log
 
 
@@ -266,15 +261,15 @@ def chance(args, column):
     return [x for row in ROWS for x in accuracies(args, row, column, "chance")][:1]
 
 
-def pretext(args, row, key):
-    """Mean of a value over the last lines of the log, of the seeds that are trained."""
+def at_the_end(args, row, key):
+    """Mean of a value over the last lines of the log, of each seed that is trained and logs it."""
     found = []
     for seed in args.seeds:
-        folder = args.out / f"{row}-{seed}"
-        if (folder / COLUMNS["linear SVM"][0].format(args.dataset)).exists() and ROWS[row]:
-            lines = (folder / "log.jsonl").read_text("utf-8").splitlines()[-LAST:]
-            values = [json.loads(line).get(key) for line in lines]
-            if values[0] is not None:
+        (_, trained), *_ = steps(args, row, seed)
+        if row != "random" and trained.exists():
+            log = (trained.parent / "log.jsonl").read_text("utf-8").splitlines()
+            values = [json.loads(line).get(key) for line in log[-LAST:]]
+            if None not in values:
                 found.append(sum(values) / len(values))
     return found
 
@@ -299,9 +294,10 @@ def write_table(args):
     lines += ["", f"| row (chance) | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
     for row in ROWS:
         cells = []
-        for key, chance_key in TASKS.values():
-            right, by_chance = (pretext(args, row, name) for name in (key, chance_key))
-            cells.append(f"{spread(right)} ({spread(by_chance[:1])})" if right else "")
+        for key in TASKS:
+            by_chance = at_the_end(args, row, key.split("_")[0] + "_chance")[:1]
+            right = at_the_end(args, row, key)
+            cells.append(f"{spread(right)} ({spread(by_chance)})" if right else "")
         if any(cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
