@@ -11,7 +11,7 @@ import torch
 from conftest import CPU, LENGTHS, load_checkpoint
 
 from common.splits import load_split, scan
-from data import MEAN, STD, Pairs, augment, collate
+from data import MEAN, STD, Pairs, Tau, augment, collate
 from models import TimeEquivariant, load_backbone
 from tools import floor, neighbours, preview, psi
 
@@ -144,6 +144,13 @@ def test_the_floor_of_eq_1_for_a_psi_that_knows_a_part_of_pq():
             ("abcc", 1 + 6 * e, 1 + 4 * e, 1)):
         loss = (math.log(of_1_and_2) + math.log(of_3)) / 2
         assert floor.floor(pq, known) == pytest.approx((loss, hits))
+
+
+def test_the_parts_of_pq_are_motion_then_order_then_a_coarse_shift():
+    p, q = Tau(100, 1, False), Tau(140, 2, True)                # 8 frames each, 40 frames later
+    motion, before, steps = (1, 2, False, True), 0, 1           # of 32 frames
+    parts = (), motion, (*motion, before), (*motion, before, steps)
+    assert tuple(floor.parts(p, q, 8).values()) == parts
 
 
 def test_the_floor_falls_with_what_psi_knows_and_grows_with_the_batch(capsys):
