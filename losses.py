@@ -60,8 +60,9 @@ def loss_inst(phi, i, p, keys: tuple | None = None, lam: float = 0.1) -> torch.T
 
 
 def loss_distinct(chi, i, p, s, keys: tuple | None = None, lam: float = 0.1) -> torch.Tensor:
-    """Fig. 5, "distinctiveness", not L_equi and L_aux. # paper silent: no equation; we read it as
+    """Fig. 5's "distinctiveness", in place of L_equi and L_aux.
 
+    # paper silent: no equation; we read it as
     L = -E log[d(χ_i^ps, χ_i^pt) / (d(χ_i^ps, χ_i^pt) + Σ_{(j,r)≠(i,p)} d(χ_i^ps, χ_j^ru))]:
     two augmentations σ_s, σ_t of one clip τ_p(x_i) attract; other clips and other videos repel.
 

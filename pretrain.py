@@ -50,8 +50,9 @@ def parse_args(argv=None):
         lambda name: flags.paper_defaults(name, flags.default_arch(name)))
     add = parser.add_argument_group("objective").add_argument
     add("--losses", nargs="+", choices=TERMS, default=LOSSES, metavar="TERM",
-        help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o). Fig. 5's baseline is distinct "
-        "alone or with inst, at half the --batch-size: it takes four clips of a video, not two")
+        help=f"terms of the sum, of {' '.join(TERMS)} (Table 1 e-o). Fig. 5's baseline: distinct, "
+        "alone or with inst, at half the --batch-size and --epochs, since it takes four clips of a "
+        "video, not two")
     add("--equivariance", choices=("temporal", "spatial", "both"), default="temporal",
         help="what the videos of a group share and psi encodes: temporal (shift, speeds, "
         "directions), spatial (crop, flip) or both (Table 1 b-d)")

@@ -145,7 +145,7 @@ def evaluation_parser(doc, crops="centre"):
     add("--crops", choices=("centre", "ten"), default=crops,
         help="centre and its mirror image, or five crops and theirs (paper silent)")
     add("--step", type=positive_int, help="source frames from one frame of a clip to the next "
-        "(Sec. 3.4: 4, that is, skip three; Table 4, Diving48: 1 and 2; default: 4 and 1)")
+        "(default: 4, that is, skip three, Sec. 3.4; on Diving48 1; Table 4: 1 and 2)")
     return parser
 
 

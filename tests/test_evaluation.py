@@ -126,10 +126,10 @@ def test_clips_are_those_of_the_checkpoint_or_else_the_papers(checkpoint, tmp_pa
     state = torch.load(checkpoint, weights_only=True)["backbone"]
     torch.save(state, tmp_path / "plain.pt")                            # without arguments
     for path, more, expected in (
-            (checkpoint, (), (4, 16)), (tmp_path / "plain.pt", (), (16, 112)),
+            (checkpoint, (), (4, 16)), (tmp_path / "plain.pt", (), (16, 128)),
             (checkpoint, ("--frames", "9", "--size", "20"), (9, 20))):
         args = linear_probe.parse_args([
-            "--dataset", "diving48", "--data", "videos", "--arch", "r3d18_narrow", "--checkpoint",
+            "--dataset", "ucf101", "--data", "videos", "--arch", "r3d18_narrow", "--checkpoint",
             str(path), *more])
         load_network(args)
         assert (args.frames, args.size) == expected

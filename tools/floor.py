@@ -6,11 +6,12 @@
 
 Takes the flags of pretrain.py. Draws batches as it does, from the lengths of its training videos or
 from videos of --length frames. Prints, for each part, the loss that is left, in nats, and how often
-the nearest psi has the same pq. What speeds and directions leave is what L_equi can teach beyond
-L_aux: the more, the larger the batch.
+the nearest psi has the same pq. L_aux teaches speeds, directions and order; what they leave is what
+L_equi can teach beyond: more in a larger batch.
 """
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -31,7 +32,16 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--length", type=positive_int, help="frames of each video; reads none")
     args, others = parser.parse_known_args(argv)
-    return pretrain.parse_args([*others, "--out", "floor"]), args.length
+    return pretrain.parse_args(others), args.length
+
+
+def draw_batch(lengths, args, rng):
+    """Draw the groups of a batch -> pq of each, and its parts"""
+    chosen = rng.sample(lengths, args.batch_size)
+    pairs = zip(chosen[::2], chosen[1::2])
+    groups = [sample_pair(pair, args.frames, args.speeds, rng) for pair in pairs]
+    known = [parts(*taus[0], args.frames) for taus, _ in groups]
+    return [labels["pq"] for _, labels in groups], known
 
 
 def parts(p, q, T):
@@ -42,11 +52,11 @@ def parts(p, q, T):
         "nothing": (),
         "speeds, directions": motion,
         "+ order": order,
-        "+ shift to 16 frames": (*order, round((q.start - p.start) / SHIFT))}
+        "+ shift within 16": (*order, round((q.start - p.start) / SHIFT))}
 
 
 def floor(pq, known, lam=0.1):
-    """Eq. 1 of a psi that is equal where the known part of pq is, and orthogonal elsewhere.
+    """Eq. 1 of a psi whose cosine is 1 where the known part of pq is equal, and 0 elsewhere.
 
     pq: (G,) ids of the groups of a batch; known: G values
     -> loss, and how often one of the nearest psi, drawn at random, has the same pq
@@ -67,20 +77,15 @@ def main(argv=None):
         lengths = [length] * args.batch_size
     else:
         lengths = pretrain.prepare(args).shapes[:, 0].tolist()
-    rng, results = random.Random(args.seed), {}
+    rng, results = random.Random(args.seed), defaultdict(list)
     for _ in range(BATCHES):
-        chosen, groups = rng.sample(lengths, args.batch_size), []
-        for pair in zip(chosen[::2], chosen[1::2]):
-            taus, labels = sample_pair(pair, args.frames, args.speeds, rng)
-            groups.append(parts(*taus[0], args.frames) | dict(pq=labels["pq"]))
-        columns = {name: [group[name] for group in groups] for name in groups[0]}
-        pq = columns.pop("pq")
-        for name, known in columns.items():
-            results.setdefault(name, []).append(floor(pq, known, args.lam))
+        pq, known = draw_batch(lengths, args, rng)
+        for name in known[0]:
+            results[name].append(floor(pq, [group[name] for group in known], args.lam))
     print(f"psi knows, of {args.batch_size} videos | Eq. 1, nats | nearest has the same pq")
     for name, pairs in results.items():
         loss, hits = torch.tensor(pairs).mean(0).tolist()
-        print(f"{name:20} | {loss:.2f} | {100 * hits:.0f}%")
+        print(f"{name:18} | {loss:.2f} | {100 * hits:.0f}%")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of Table 1 and Fig. 5 on a small data set: several seeds, the same settings for every row.
+"""Rows of Table 1 and Fig. 5 on a small data set: several seeds, the same settings for all rows.
 
     python tools/table1.py                                              # the toy set
     python tools/table1.py --data UCF-101 --annotations ucfTrainTestlist            # UCF101-8
@@ -94,9 +94,10 @@ def parse_args(argv=None):
     add("--annotations", help="folder of UCF101's lists (default: beside the videos)")
     add("--out", help="folder of what this command writes (default: below runs/)")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-        help=f"of {' '.join(ROWS)} (Table 1; distinct, inst-distinct: Fig. 5)")
+        help=f"of {' '.join(ROWS)} (Table 1; distinct and inst-distinct: Fig. 5; distinct-aux, not "
+        "in the paper, adds L_aux)")
     add("--seeds", nargs="+", type=non_negative_int, help="default: 0 1 2 on the toy set, else 0 1")
-    add("--large-batch", action="store_true", help="192 videos, as the paper's")
+    add("--large-batch", action="store_true", help="192 videos, as the paper")
     add("--jobs", type=positive_int, default=4 if gpu else usable_cores(), help="runs at a time")
     add("--epochs", type=positive_int, help="fewer, without warm-up, for a rehearsal")
     add("--picture", metavar="FILE.png", help="only draw the results so far")
@@ -184,16 +185,18 @@ def steps(args, row, seed):
 
 
 def pretrain_flags(args, row):
-    """Those of a row and its settings, with as many clips a step and as many steps in every row.
+    """The flags of pretrain.py for a row.
 
-    Fig. 5's rows take four clips of a video instead of two, so half the videos a batch.
+    Fig. 5's rows take four clips of a video instead of two. With half the videos per batch and half
+    the epochs, they see as many clips per step, in about as many steps.
     """
-    names = "batch_size", "epochs", "warmup_epochs"
-    numbers = [args.settings[name] for name in names]
-    if "distinct" in ROWS[row]:
-        numbers = [(number + 1) // 2 for number in numbers]
-    flags = [f"--{name.replace('_', '-')} {number}" for name, number in zip(names, numbers)]
-    return " ".join([ROWS[row], *flags, args.settings["pretrain"]]).split()
+    flags = f"{ROWS[row]} {args.settings['pretrain']}"
+    for name in ("batch_size", "epochs", "warmup_epochs"):
+        number = args.settings[name]
+        if "distinct" in ROWS[row]:
+            number = (number + 1) // 2                          # at least one epoch
+        flags += f" --{name.replace('_', '-')} {number}"
+    return flags.split()
 
 
 def execute(args, row, seed, children, stopping):
@@ -265,10 +268,12 @@ def at_the_end(args, row, key):
     """Mean of a value over the last lines of the log, of each seed that is trained and logs it."""
     found = []
     for seed in args.seeds:
-        (_, trained), *_ = steps(args, row, seed)
-        if row != "random" and trained.exists():
-            log = (trained.parent / "log.jsonl").read_text("utf-8").splitlines()
-            values = [json.loads(line).get(key) for line in log[-LAST:]]
+        folder = args.out / f"{row}-{seed}"
+        probed = folder / COLUMNS["linear SVM"][0].format(args.dataset)
+        log = folder / "log.jsonl"
+        if probed.exists() and log.exists():                    # random has no log
+            lines = log.read_text("utf-8").splitlines()[-LAST:]
+            values = [json.loads(line).get(key) for line in lines]
             if None not in values:
                 found.append(sum(values) / len(values))
     return found
