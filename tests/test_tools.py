@@ -2,13 +2,14 @@
 import itertools
 import math
 import os
+import re
 from argparse import Namespace
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, LENGTHS, load_checkpoint
+from conftest import CPU, LENGTHS, fails, load_checkpoint
 
 from common.splits import load_split, scan
 from data import MEAN, STD, Pairs, Tau, augment, collate
@@ -151,6 +152,14 @@ def test_the_parts_of_pq_are_motion_then_order_then_a_coarse_shift():
     motion, before, steps = (1, 2, False, True), 0, 1           # of 32 frames
     parts = (), motion, (*motion, before), (*motion, before, steps)
     assert tuple(floor.parts(p, q, 8).values()) == parts
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--length 5", "--length 5 is too short for a clip: give 8 or more"),
+    ("--length 9 --batch-size 5", "--batch-size 5 is not a multiple of 2 .*: give 4"),
+    ("--equivariance both", "the floor is that of --equivariance temporal")])
+def test_a_floor_that_cannot_be_computed_ends_in_one_sentence(words, sentence):
+    assert re.search(sentence, fails(floor.main, words.split()))
 
 
 def test_the_floor_falls_with_what_psi_knows_and_grows_with_the_batch(capsys):

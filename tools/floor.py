@@ -2,12 +2,12 @@
 
     python tools/floor.py --batch-size 192                                  # of the toy set
     python tools/floor.py --dataset ucf101 --data UCF-101 --annotations ucfTrainTestlist
-    python tools/floor.py --length 250 --frames 16 --batch-size 512         # 10 s at 25 frames/s
+    python tools/floor.py --dataset kinetics400 --length 250                # 10 s at 25 frames/s
 
-Takes the flags of pretrain.py. Draws batches as it does, from the lengths of its training videos or
-from videos of --length frames. Prints, for each part, the loss that is left, in nats, and how often
-the nearest psi has the same pq. L_aux teaches speeds, directions and order; what they leave is what
-L_equi can teach beyond: more in a larger batch.
+Takes the flags of pretrain.py, with its defaults. Draws batches as it does, from the lengths of its
+training videos or from videos of --length frames. Prints, for each part, the loss that is left, in
+nats, and how often the nearest psi has the same pq. L_aux teaches speeds, directions and order; what
+they leave is what L_equi can teach beyond it: more in a larger batch.
 """
 import random
 import sys
@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pretrain
+from common import UserError
 from common.distributed import run
-from common.flags import Parser, positive_int
+from common.flags import Parser, check_batch_size, positive_int
 from data import order_of, sample_pair
 from losses import loss_equi
 
@@ -31,8 +32,25 @@ SHIFT = 32                                                      # frames: the ne
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--length", type=positive_int, help="frames of each video; reads none")
-    args, others = parser.parse_known_args(argv)
-    return pretrain.parse_args(others), args.length
+    own, others = parser.parse_known_args(argv)
+    if own.length:
+        others = ["--data", "none", *others]
+    args = pretrain.parse_args(others)
+    args.length = own.length
+    if args.equivariance != "temporal":
+        parser.error("the floor is that of --equivariance temporal")
+    return args
+
+
+def lengths_of(args):
+    """Frames of each video to draw from. UserError: no batch or no clip can be drawn."""
+    if not args.length:
+        return pretrain.prepare(args).shapes[:, 0].tolist()
+    needed = args.speeds[0] * (args.frames - 1) + 1                         # of the slowest clip
+    if args.length < needed:
+        raise UserError(f"--length {args.length} is too short for a clip: give {needed} or more")
+    check_batch_size(args.batch_size, 2, 4, "two groups of 2 videos", args.batch_size)
+    return [args.length] * args.batch_size
 
 
 def draw_batch(lengths, args, rng):
@@ -72,12 +90,8 @@ def floor(pq, known, lam=0.1):
 
 
 def main(argv=None):
-    args, length = parse_args(argv)
-    if length:
-        lengths = [length] * args.batch_size
-    else:
-        lengths = pretrain.prepare(args).shapes[:, 0].tolist()
-    rng, results = random.Random(args.seed), defaultdict(list)
+    args = parse_args(argv)
+    lengths, rng, results = lengths_of(args), random.Random(args.seed), defaultdict(list)
     for _ in range(BATCHES):
         pq, known = draw_batch(lengths, args, rng)
         for name in known[0]:

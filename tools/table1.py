@@ -6,11 +6,13 @@
     python tools/table1.py --data UCF-101 --picture table.png           # draw the results so far
 
 UCF101-8 is split 1 of UCF101 restricted to eight classes; OUT gets its lists and a shrunk copy of
-its videos. With --large-batch, the toy set is pre-trained on videos of OUT that are generated in
-addition to it. A run is a row with a seed: pretrain.py, linear_probe.py with C fixed and with C
-cross-validated, retrieval.py and, for four rows of UCF101-8, finetune.py. It writes to OUT/ROW-SEED
-and OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md, and
-below it what the heads get right at the end of pre-training. The same command resumes.
+its videos. --large-batch takes 192 videos, as the paper. The toy set is too small for it, so OUT
+gets more generated videos, for pre-training alone.
+
+A run is a row with a seed: pretrain.py, linear_probe.py with C fixed and with C cross-validated,
+retrieval.py and, for four rows of UCF101-8, finetune.py. It writes to OUT/ROW-SEED and
+OUT/ROW-SEED.txt. After each run the table so far is printed and written to OUT/table.md, and below
+it what the heads get right at the end of pre-training. The same command resumes.
 """
 import json
 import os
@@ -58,22 +60,25 @@ FINETUNED = ("random", "e", "g", "k")
 UCF101_8 = ("BabyCrawling", "BodyWeightSquats", "BoxingPunchingBag", "JugglingBalls",
             "JumpingJack", "Lunges", "Punch", "PushUps")
 
-# Settings of every row; TOY: the defaults of the scripts; shrink: short side of the videos
+# Settings of every row; TOY: the defaults of the scripts; videos: how many train
 TOY = dict(
+    videos=320,
     clips="--arch r3d18_narrow --frames 8 --size 24",
     batch_size=32, epochs=200, warmup_epochs=10, pretrain="--lr 2e-3")
 CPU = dict(
-    shrink="64",
+    videos=743,
+    shrink="64",                                                # their short side
     clips="--arch r3d18_narrow --frames 8 --size 32",
     batch_size=24, epochs=400, warmup_epochs=10, pretrain="--lr 1e-3 --log-every 50",
     finetune="--batch-size 32 --epochs 20 --warmup-epochs 1 --lr 1e-3 --windows 5 --crops centre")
 GPU = dict(
+    videos=743,
     shrink="128",
     clips="--arch r3d18 --frames 16 --size 112",
     batch_size=64, epochs=120, warmup_epochs=10, pretrain="--lr 3e-4",
     finetune="--batch-size 32 --epochs 30 --warmup-epochs 2 --lr 3e-4 --windows 5 --crops centre")
-# With --large-batch: 192 videos, as the paper's; generated: unlabelled videos
-TOY_192 = TOY | dict(batch_size=192, epochs=100, generated=1920)
+# With --large-batch
+TOY_192 = TOY | dict(videos=1920, batch_size=192, epochs=100)
 CPU_192 = CPU | dict(batch_size=192, epochs=600, pretrain="--lr 2e-3")
 GPU_192 = GPU | dict(batch_size=192, epochs=360)
 
@@ -97,7 +102,7 @@ def parse_args(argv=None):
         help=f"of {' '.join(ROWS)} (Table 1; distinct and inst-distinct: Fig. 5; distinct-aux, not "
         "in the paper, adds L_aux)")
     add("--seeds", nargs="+", type=non_negative_int, help="default: 0 1 2 on the toy set, else 0 1")
-    add("--large-batch", action="store_true", help="192 videos, as the paper")
+    add("--large-batch", action="store_true", help="192 videos, as the paper (Sec. 4.1)")
     add("--jobs", type=positive_int, default=4 if gpu else usable_cores(), help="runs at a time")
     add("--epochs", type=positive_int, help="fewer, without warm-up, for a rehearsal")
     add("--picture", metavar="FILE.png", help="only draw the results so far")
@@ -107,6 +112,7 @@ def parse_args(argv=None):
     args.out = Path(args.out or f"runs/table1-{name}")
     args.seeds = args.seeds or ([0, 1] if args.data else [0, 1, 2])
     args.videos = args.out / "UCF-101" if args.data else Path("toy-videos")
+    args.generated = args.out / "videos" if args.large_batch and not args.data else None
     args.workers = usable_cores() // args.jobs if gpu else 0
     settings = (TOY, TOY_192) if not args.data else (GPU, GPU_192) if gpu else (CPU, CPU_192)
     args.settings = settings[args.large_batch] | dict(amp=default_amp())
@@ -136,19 +142,15 @@ def make_ucf101_8(args):
 
 
 def make_more_toy(args):
-    """Write the generated, unlabelled videos of --large-batch to OUT/videos, unless it exists.
-
-    Their seeds follow those of the toy set.
-    """
-    folder = args.out / "videos"
-    if folder.exists():
+    """Write unlabelled videos, whose seeds follow those of the toy set, unless they are there."""
+    if args.generated.exists():
         return
-    tmp = args.out / "videos.tmp"
+    tmp = args.generated.with_suffix(".tmp")
     shutil.rmtree(tmp, ignore_errors=True)                      # left by an interruption
-    for k in tqdm(range(args.settings["generated"]), f"make {folder}", unit="video"):
+    for k in tqdm(range(args.settings["videos"]), f"make {args.generated}", unit="video"):
         cls, rng = TOY_CLASSES[k % len(TOY_CLASSES)], np.random.default_rng(len(VIDEOS) + k)
         write_video(tmp / f"{k:04d}.avi", toy_video(cls, rng))
-    tmp.replace(folder)
+    tmp.replace(args.generated)
 
 
 def check_settings(args):
@@ -167,7 +169,7 @@ def steps(args, row, seed):
     probe, auto, neighbours, _, tuned = (
         folder / name.format(args.dataset) for name, _ in COLUMNS.values())
     data = ["--dataset", args.dataset, "--data", args.videos]
-    unlabelled = ["--dataset", "folder", "--data", args.out / "videos"]
+    unlabelled = ["--dataset", "folder", "--data", args.generated]
     shared = ["--seed", seed, "--workers", args.workers, *args.settings["clips"].split()]
     network = "random" if row == "random" else folder / "backbone.pt"
     test = [*data, *shared, "--checkpoint", network]
@@ -176,7 +178,7 @@ def steps(args, row, seed):
         ("linear_probe.py", [*test, "--C", "auto"], auto),
         ("retrieval.py", [*test, "--k", 1, 5], neighbours)]
     if row != "random":                                         # once probed, it is done
-        train = [*(unlabelled if "generated" in args.settings else data), *shared]
+        train = [*(unlabelled if args.generated else data), *shared]
         commands.insert(0, ("pretrain.py", [*train, *pretrain_flags(args, row)], probe))
     if row in FINETUNED and args.dataset != "toy":
         commands.append(("finetune.py", [*test, *args.settings["finetune"].split()], tuned))
@@ -185,18 +187,21 @@ def steps(args, row, seed):
 
 
 def pretrain_flags(args, row):
-    """The flags of pretrain.py for a row.
+    """The flags of pretrain.py for a row, with as many clips per step and as many steps for all.
 
-    Fig. 5's rows take four clips of a video instead of two. With half the videos per batch and half
-    the epochs, they see as many clips per step, in about as many steps.
+    Fig. 5's rows take four clips of a video instead of two, so half the videos per batch. An epoch
+    then has about twice the steps.
     """
-    flags = f"{ROWS[row]} {args.settings['pretrain']}"
-    for name in ("batch_size", "epochs", "warmup_epochs"):
-        number = args.settings[name]
-        if "distinct" in ROWS[row]:
-            number = (number + 1) // 2                          # at least one epoch
-        flags += f" --{name.replace('_', '-')} {number}"
-    return flags.split()
+    settings = args.settings
+    videos, batch_size = settings["videos"], settings["batch_size"]
+    longer = 1                                                  # an epoch, in steps
+    if "distinct" in ROWS[row]:
+        longer = (videos // (batch_size // 2)) / (videos // batch_size)
+        batch_size //= 2
+    epochs = max(1, round(settings["epochs"] / longer))
+    warmup = settings["warmup_epochs"] / longer
+    return [*ROWS[row].split(), "--batch-size", batch_size, "--epochs", epochs,
+            "--warmup-epochs", f"{warmup:.3g}", *settings["pretrain"].split()]
 
 
 def execute(args, row, seed, children, stopping):
@@ -343,7 +348,7 @@ def main(argv=None):
             make_ucf101_8(args)
         else:
             make_toy(args.videos)
-        if "generated" in args.settings:
+        if args.generated:
             make_more_toy(args)
         runs = [(row, seed) for seed in args.seeds for row in args.rows]
         todo = [each for each in runs if not all(done.exists() for _, done in steps(args, *each))]
