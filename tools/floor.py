@@ -6,8 +6,8 @@
 
 Takes the flags of pretrain.py, with its defaults. Draws batches as it does, from the lengths of its
 training videos or from videos of --length frames. Prints, for each part, the loss that is left, in
-nats, and how often the nearest psi has the same pq. L_aux teaches speeds, directions and order; what
-they leave is what L_equi can teach beyond it: more in a larger batch.
+nats, and how often the nearest psi has the same pq. L_aux teaches speeds, directions and order;
+what they leave is what L_equi can teach beyond it: more in a larger batch.
 """
 import random
 import sys
