@@ -269,18 +269,16 @@ def chance(args, column):
     return [x for row in ROWS for x in accuracies(args, row, column, "chance")][:1]
 
 
-def at_the_end(args, row, key):
-    """Mean of a value over the last lines of the log, of each seed that is trained and logs it."""
+def last_lines(args, row):
+    """Means over the last lines of the log, of each seed that is trained -> [{key: mean}, ...]"""
     found = []
     for seed in args.seeds:
         folder = args.out / f"{row}-{seed}"
         probed = folder / COLUMNS["linear SVM"][0].format(args.dataset)
         log = folder / "log.jsonl"
         if probed.exists() and log.exists():                    # random has no log
-            lines = log.read_text("utf-8").splitlines()[-LAST:]
-            values = [json.loads(line).get(key) for line in lines]
-            if None not in values:
-                found.append(sum(values) / len(values))
+            lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()[-LAST:]]
+            found.append({key: sum(line[key] for line in lines) / len(lines) for key in lines[0]})
     return found
 
 
@@ -303,11 +301,11 @@ def write_table(args):
     lines.append(f"| chance | | {' | '.join(cells)} |")
     lines += ["", f"| row (chance) | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
     for row in ROWS:
-        cells = []
+        means, cells = last_lines(args, row), []
         for key in TASKS:
-            by_chance = at_the_end(args, row, key.split("_")[0] + "_chance")[:1]
-            right = at_the_end(args, row, key)
-            cells.append(f"{spread(right)} ({spread(by_chance)})" if right else "")
+            right = [mean[key] for mean in means if key in mean]
+            chance_key = key.split("_")[0] + "_chance"
+            cells.append(f"{spread(right)} ({spread([means[0][chance_key]])})" if right else "")
         if any(cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
